@@ -1,0 +1,100 @@
+package tracing
+
+import (
+	"sync/atomic"
+)
+
+// apiKeys is one more than the largest api key counted by itself; unknown keys share a counter.
+const apiKeys = 100
+
+// errorCodes is one more than the largest error code counted by itself; others share a counter.
+const errorCodes = 150
+
+// padded keeps two hot counters off one cache line.
+type padded struct {
+	atomic.Int64
+	_ [56]byte
+}
+
+// Metrics are a sidecar's counters and gauges. The zero value counts; a nil *Metrics counts nothing. All methods may be
+// called from any goroutine.
+type Metrics struct {
+	series   [seriesCount]padded
+	requests [apiKeys + 1]atomic.Int64
+	errors   [errorCodes + 1]atomic.Int64
+	mistakes [mistakeCount]atomic.Int64
+}
+
+// Add moves a counter or gauge by n.
+func (m *Metrics) Add(s Series, n int64) {
+	if m != nil {
+		m.series[s].Add(n)
+	}
+}
+
+// Set puts a gauge to v.
+func (m *Metrics) Set(s Series, v int64) {
+	if m != nil {
+		m.series[s].Store(v)
+	}
+}
+
+// Value reads a series; 0 on nil.
+func (m *Metrics) Value(s Series) int64 {
+	if m == nil {
+		return 0
+	}
+	return m.series[s].Load()
+}
+
+// Request counts a request read from a client.
+func (m *Metrics) Request(apiKey int16) {
+	if m == nil {
+		return
+	}
+	if apiKey < 0 || apiKey >= apiKeys {
+		apiKey = apiKeys
+	}
+	m.requests[apiKey].Add(1)
+}
+
+// Requests gives how many requests with this api key were read; unknown keys share one figure.
+func (m *Metrics) Requests(apiKey int16) int64 {
+	if m == nil {
+		return 0
+	}
+	if apiKey < 0 || apiKey >= apiKeys {
+		apiKey = apiKeys
+	}
+	return m.requests[apiKey].Load()
+}
+
+// Error counts a group response that carries a Kafka error code; 0 is not counted.
+func (m *Metrics) Error(code int16) {
+	if m == nil || code == 0 {
+		return
+	}
+	if code < 0 || code >= errorCodes { // -1 is UNKNOWN_SERVER_ERROR
+		code = errorCodes
+	}
+	m.errors[code].Add(1)
+}
+
+// Mistake counts a client connection closed for what was sent on it.
+func (m *Metrics) Mistake(k Mistake) {
+	if m != nil && k < mistakeCount {
+		m.mistakes[k].Add(1)
+	}
+}
+
+// Snapshot gives every series by its exported name, as raw integers (sums of time in nanoseconds).
+func (m *Metrics) Snapshot() map[string]int64 {
+	if m == nil {
+		return nil
+	}
+	all := make(map[string]int64, seriesCount)
+	for s := range series {
+		all[series[s].name] = m.series[s].Load()
+	}
+	return all
+}
