@@ -2,7 +2,6 @@ package coordinator
 
 import (
 	"errors"
-	"time"
 
 	"github.com/offset-sidecar/offset-sidecar/coordinator/group"
 	"github.com/twmb/franz-go/pkg/kmsg"
@@ -16,10 +15,11 @@ var ErrInactive = errors.New("coordinator is not active")
 type Request struct {
 	Body   kmsg.Request
 	Client group.Client
+	// Term is the activation the request is meant for (Status.Term when it was submitted); in any other it is answered
+	// ErrInactive, so that nothing newer of a session is executed before what has to be resent.
+	Term uint64
 	// Done is called once, from the coordinator's loop: it must not block. The error is nil or ErrInactive.
 	Done func(kmsg.Response, error)
-
-	received time.Time
 }
 
 // Status says whether this sidecar's coordinator answers, and in which term.

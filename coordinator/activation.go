@@ -1,0 +1,263 @@
+package coordinator
+
+import (
+	"slices"
+	"time"
+
+	"github.com/offset-sidecar/offset-sidecar/coordinator/group"
+	"github.com/offset-sidecar/offset-sidecar/replicate"
+)
+
+// entryRequests bounds how many Steps with records one entry takes, besides replicate.EntryBytes.
+const entryRequests = 1024
+
+// activation is one term in which this sidecar's coordinator answers.
+type activation struct {
+	term     uint64
+	sequence uint64 // of the newest entry in flight
+	// flight holds the entries that are not replicated yet, in order: the first `offered` are with the appender, the last
+	// one may still grow.
+	flight  []*entry
+	offered int
+
+	fencing   []*held // wait for the fence that is under way
+	fenceNext []*held // wait for one that has yet to begin
+	fence     bool    // one is under way
+
+	held []*held // every reply held back, by deadline; answered ones are dropped when they come first
+}
+
+// entry is a replicate.Entry in the making or in flight, with what undoes it and the replies that wait for it.
+type entry struct {
+	sequence uint64
+	records  []replicate.Record
+	previous []group.Record
+	replies  []*held
+	bytes    int
+	requests int
+}
+
+// held is a reply that waits for conditions to come true.
+type held struct {
+	reply      group.Reply
+	deadline   time.Time
+	conditions int
+	answered   bool
+}
+
+// add puts the records of a Step into the last entry in flight, or into new ones. They may span entries; the replies of
+// the Step then hang on the last.
+func (a *activation) add(effects group.Effects) {
+	for i, r := range effects.Records {
+		size := len(r.Key) + len(r.Value)
+		e := a.open()
+		if e == nil || e.requests >= entryRequests || e.bytes+size > replicate.EntryBytes {
+			a.sequence++
+			e = &entry{sequence: a.sequence}
+			a.flight = append(a.flight, e)
+		}
+		if i == len(effects.Records)-1 {
+			e.requests++
+		}
+		e.bytes += size
+		e.records = append(e.records, replicate.Record(r))
+		e.previous = append(e.previous, effects.Previous[i])
+	}
+}
+
+// open is the entry that may still grow, or nil.
+func (a *activation) open() *entry {
+	if len(a.flight) == a.offered {
+		return nil
+	}
+	return a.flight[len(a.flight)-1]
+}
+
+// deadline is that of the reply held longest, or zero.
+func (a *activation) deadline() time.Time {
+	for len(a.held) > 0 && a.held[0].answered {
+		a.held[0] = nil
+		a.held = a.held[1:]
+	}
+	if len(a.held) == 0 {
+		return time.Time{}
+	}
+	return a.held[0].deadline
+}
+
+// expired takes the replies whose deadline has passed.
+func (a *activation) expired(now time.Time) []*held {
+	var due []*held
+	for d := a.deadline(); !d.IsZero() && !d.After(now); d = a.deadline() {
+		due = append(due, a.held[0])
+		a.held[0].answered = true
+	}
+	return due
+}
+
+// nextEntry is what the appender is offered now: a nil channel when there is nothing.
+func (c *Coordinator) nextEntry() (chan<- replicate.Entry, replicate.Entry) {
+	a := c.activation
+	if a == nil || a.offered == len(a.flight) {
+		return nil, replicate.Entry{}
+	}
+	e := a.flight[a.offered]
+	return c.log.Entries(), replicate.Entry{Term: a.term, Sequence: e.sequence, Records: e.records}
+}
+
+func (c *Coordinator) handleEvent(event replicate.Event) error {
+	switch event.Kind {
+	case replicate.Reset:
+		c.deactivate("the log was restored from a snapshot")
+		return c.rebuild()
+	case replicate.Applied:
+		c.handleApplied(event)
+	case replicate.Ignored:
+		if a := c.activation; a != nil && a.term == event.Term {
+			c.endActivation("an entry of its own was refused")
+		}
+	case replicate.Failed:
+		if a := c.activation; a != nil && a.term == event.Term {
+			c.logger.Warn("an entry could not be appended", "term", event.Term, "sequence", event.Sequence, "err", event.Err)
+			c.endActivation("an entry could not be appended")
+		}
+	case replicate.Active:
+		c.activate(event.Term)
+	case replicate.Inactive:
+		if a := c.activation; a != nil && a.term == event.Term {
+			c.deactivate("leadership ended")
+		}
+	}
+	return nil
+}
+
+// handleApplied releases the replies of the entry at the head of the queue. Whatever else the log delivers is applied;
+// if it comes while this coordinator is active, the state it stepped on was not the log's, and the activation ends.
+func (c *Coordinator) handleApplied(event replicate.Event) {
+	if a := c.activation; a != nil {
+		if a.offered > 0 && event.Term == a.term && event.Sequence == a.flight[0].sequence &&
+			len(event.Records) == len(a.flight[0].records) {
+			e := a.flight[0]
+			a.flight[0] = nil
+			a.flight = a.flight[1:]
+			a.offered--
+			for _, h := range e.replies {
+				c.met(h)
+			}
+			return
+		}
+		c.logger.Error("an entry was applied that is not the one expected", "term", event.Term, "sequence", event.Sequence)
+		c.endActivation("the log differs from what was computed")
+	}
+	for _, r := range event.Records {
+		if err := c.guard(func() { c.state.Apply(group.Record(r)) }); err != nil {
+			c.logger.Error("applying a record", "index", event.Index, "err", err)
+		}
+	}
+}
+
+func (c *Coordinator) activate(term uint64) {
+	if c.activation != nil {
+		c.deactivate("a newer term has begun")
+	}
+	c.activation = &activation{term: term}
+	if err := c.guard(func() { c.perform(c.state.Activate(time.Now(), term)) }); err != nil {
+		c.breakDown(err)
+		return
+	}
+	c.logger.Info("coordinator is active", "term", term)
+	c.publish(true, term)
+}
+
+// endActivation ends the activation while raft may still lead: it must not be resumed in that term.
+func (c *Coordinator) endActivation(why string) {
+	term := c.activation.term
+	c.deactivate(why)
+	c.leader.Resign(term)
+}
+
+// deactivate undoes what is not replicated, drops soft state and gives every unanswered request back.
+func (c *Coordinator) deactivate(why string) {
+	a := c.activation
+	if a == nil {
+		return
+	}
+	c.activation = nil
+	c.publish(false, a.term)
+	if err := c.guard(func() { c.undo(a) }); err != nil {
+		c.logger.Error("undoing what was not replicated; the state is built anew", "err", err)
+		if err := c.rebuild(); err != nil {
+			c.logger.Error("rebuilding the group state", "err", err)
+		}
+	}
+	c.logger.Info("coordinator is inactive", "term", a.term, "why", why, "unanswered", len(c.calls))
+	c.giveBack()
+}
+
+func (c *Coordinator) undo(a *activation) {
+	for _, e := range slices.Backward(a.flight) {
+		for _, r := range slices.Backward(e.previous) {
+			c.state.Apply(r)
+		}
+	}
+	c.state.Deactivate()
+}
+
+func (c *Coordinator) giveBack() {
+	calls, lookups := c.calls, c.lookups
+	c.calls, c.lookups = map[uint64]*Request{}, map[group.Session]*lookup{}
+	for _, r := range calls {
+		r.Done(nil, ErrInactive)
+	}
+	for _, l := range lookups {
+		for _, r := range l.queue {
+			r.Done(nil, ErrInactive)
+		}
+	}
+}
+
+// startFence begins a read fence for all replies that wait for one, unless one is under way: that began before some of
+// them were asked for.
+func (c *Coordinator) startFence() {
+	a := c.activation
+	if a == nil || a.fence || len(a.fenceNext) == 0 {
+		return
+	}
+	a.fence = true
+	c.metrics.Add(tracing.Fences, 1)
+	a.fencing, a.fenceNext = a.fenceNext, nil
+	term := a.term
+	c.leader.Fence(term, func(err error) {
+		select {
+		case c.fenced <- fenced{term, err}: // the buffer of one is enough: one fence at a time and activation
+		default:
+			go c.sendFenced(fenced{term, err})
+		}
+	})
+}
+
+// sendFenced hands a finished fence to the loop while that of an ended activation still lies in the buffer.
+func (c *Coordinator) sendFenced(f fenced) {
+	select {
+	case c.fenced <- f:
+	case <-c.stopped:
+	}
+}
+
+func (c *Coordinator) handleFenced(f fenced) {
+	a := c.activation
+	if a == nil || a.term != f.term {
+		return
+	}
+	if f.err != nil {
+		c.endActivation("a read fence failed: " + f.err.Error())
+		return
+	}
+	a.fence = false
+	fencing := a.fencing
+	a.fencing = nil
+	for _, h := range fencing {
+		c.met(h)
+	}
+	c.startFence()
+}

@@ -1,0 +1,16 @@
+// Package coordinator makes the pure rules of coordinator/group a running group coordinator: it owns the clock, the
+// order of requests, the batching of records into entries, and the replies that wait for them to be replicated.
+//
+// One goroutine, [Coordinator.Run], alone touches group.State. It takes requests, what the log delivers, finished read
+// fences and refreshed topics, and blocks on nothing: it offers the appender its next entry in the same select, and
+// Request.Done must not block.
+//
+// An activation is one term of raft (activation.go). Steps apply their records at once; only replies wait, each for the
+// entry that holds the last record stepped before it, and, if it asserts group state without having appended, for a read
+// fence that began after the request came. An activation that ends, for whatever reason, is undone: the previous record
+// of each key in flight is applied in reverse, soft state is dropped, and every unanswered request is given back with
+// [ErrInactive], to be resent in its session's order to whoever is active then. An activation that ends while raft still
+// leads is never resumed in that term (Log.Resign).
+//
+// What it does not do: sockets and frames (proxy), who is leader (replicate), what a request means (coordinator/group).
+package coordinator
