@@ -5,44 +5,44 @@ type Series uint8
 
 // The series, each with who moves it.
 const (
-	SplicedBytes         Series = iota // proxy: bytes of replies moved by splice, never in our memory
-	CopiedBytes                        // proxy: bytes of requests and replies moved through our memory
-	Splices                            // proxy: replies moved by splice
-	Connections                        // proxy: client connections accepted
-	ConnectionsOpen                    // proxy: client connections now
-	ConnectionsRefused                 // proxy: client connections closed because of --max-connections
-	RequestsInFlight                   // proxy: requests read and not yet answered
-	UpstreamConnections                // proxy: connections to the upstream now
-	UpstreamDials                      // proxy: dials of the upstream
-	UpstreamDialsFailed                // proxy: those that failed
-	BrokerListeners                    // proxy: listeners bound for upstream brokers
-	ResentRequests                     // proxy: group requests submitted again after the coordinator was inactive
-	Active                             // coordinator: 1 while it answers
-	Activations                        // coordinator: terms in which it became active
-	Term                               // coordinator: the term of the newest activation
-	Groups                             // coordinator: groups in the state
-	Members                            // coordinator: members of all groups
-	Offsets                            // coordinator: committed offsets in the state
-	ParkedReplies                      // coordinator: replies that wait for something
-	Steps                              // coordinator: requests executed
-	Commits                            // coordinator: offsets committed, one for each partition
-	CommitRequests                     // coordinator: OffsetCommit requests executed
-	OffsetFetches                      // coordinator: OffsetFetch requests executed
-	Rebalances                         // coordinator: generations begun
-	Fences                             // coordinator: read fences
-	CommitTimeouts                     // coordinator: replies that missed --commit-timeout
-	RaftAppends                        // replicate: entries appended
-	RaftAppendsFailed                  // replicate: entries that could not be appended
-	RaftAppendRecords                  // replicate: records in them
-	RaftAppendBytes                    // replicate: bytes of them
-	RaftAppendNanos                    // replicate: time from handing an entry to raft to its Apply, shown in seconds
-	Flushes                            // replicate: batches written to the compacted log
-	FlushedRecords                     // replicate: records in them
-	StoreBytes                         // replicate: size of the data directory's files
-	FreeBytes                          // replicate: free space of its file system
-	UpstreamBrokers                    // upstream: brokers in the newest answer
-	UpstreamRefreshes                  // upstream: Metadata requests of our own
-	UpstreamRefreshErrors              // upstream: those that failed
+	SplicedBytes          Series = iota // proxy: bytes of replies moved by splice, never in our memory
+	CopiedBytes                         // proxy: bytes of requests and replies moved through our memory
+	Splices                             // proxy: replies moved by splice
+	Connections                         // proxy: client connections accepted
+	ConnectionsOpen                     // proxy: client connections now
+	ConnectionsRefused                  // proxy: client connections closed because of --max-connections
+	RequestsInFlight                    // proxy: requests read and not yet answered
+	UpstreamConnections                 // proxy: connections to the upstream now
+	UpstreamDials                       // proxy: dials of the upstream
+	UpstreamDialsFailed                 // proxy: those that failed
+	BrokerListeners                     // proxy: listeners bound for upstream brokers
+	ResentRequests                      // proxy: group requests submitted again after the coordinator was inactive
+	Active                              // coordinator: 1 while it answers
+	Activations                         // coordinator: terms in which it became active
+	Term                                // coordinator: the term of the newest activation
+	Groups                              // coordinator: groups in the state
+	Members                             // coordinator: members of all groups
+	Offsets                             // coordinator: committed offsets in the state
+	ParkedReplies                       // coordinator: replies that wait for something
+	Steps                               // coordinator: requests executed
+	Commits                             // coordinator: offsets committed, one for each partition
+	CommitRequests                      // coordinator: OffsetCommit requests executed
+	OffsetFetches                       // coordinator: OffsetFetch requests executed
+	Rebalances                          // coordinator: generations begun
+	Fences                              // coordinator: read fences
+	CommitTimeouts                      // coordinator: replies that missed --commit-timeout
+	RaftAppends                         // replicate: entries appended
+	RaftAppendsFailed                   // replicate: entries that could not be appended
+	RaftAppendRecords                   // replicate: records in them
+	RaftAppendBytes                     // replicate: bytes of them
+	RaftAppendNanos                     // replicate: time from handing an entry to raft to its Apply, shown in seconds
+	Flushes                             // replicate: batches written to the compacted log
+	FlushedRecords                      // replicate: records in them
+	StoreBytes                          // replicate: size of the data directory's files
+	FreeBytes                           // replicate: free space of its file system
+	UpstreamBrokers                     // upstream: brokers in the newest answer
+	UpstreamRefreshes                   // upstream: Metadata requests of our own
+	UpstreamRefreshErrors               // upstream: those that failed
 	seriesCount
 )
 
