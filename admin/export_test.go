@@ -1,0 +1,4 @@
+package admin
+
+// CheckAlive is what /livez asks.
+func (s *Server) CheckAlive() Check { return s.checkAlive() }
