@@ -1,0 +1,98 @@
+package wire
+
+// kind is how a field is encoded.
+type kind uint8
+
+const (
+	fixed kind = iota // size bytes
+	text
+	blob
+	list // of structs
+	texts
+	numbers // of size bytes each
+)
+
+// field is one field of a request: what has to be known to walk over it and to say where a null is not allowed.
+type field struct {
+	kind     kind
+	size     int
+	from, to int16   // versions that have it
+	null     int16   // the first version in which it may be null
+	of       []field // of a list
+}
+
+const (
+	always = neverFlexible // as "to": the newest version
+	never  = neverFlexible // as "null"
+)
+
+func num(size int, from int16) field   { return field{kind: fixed, size: size, from: from, to: always} }
+func str(from, to int16) field         { return field{kind: text, from: from, to: to, null: never} }
+func nullStr(from int16) field         { return field{kind: text, from: from, to: always, null: from} }
+func data() field                      { return field{kind: blob, to: always, null: never} }
+func strs(from int16) field            { return field{kind: texts, from: from, to: always, null: never} }
+func structs(of ...field) field        { return field{kind: list, to: always, null: never, of: of} }
+func (f field) until(to int16) field   { f.to = to; return f }
+func (f field) since(from int16) field { f.from = from; return f }
+func (f field) nullFrom(v int16) field { f.null = v; return f }
+
+// groupRequests has the schemas of the requests that end here, as in Kafka's message definitions. A test holds them
+// against those of the kafka-clients jar.
+var groupRequests = map[int16][]field{
+	8: { // OffsetCommit
+		str(0, always), num(4, 1), str(1, always), nullStr(7), num(8, 2).until(4),
+		structs(str(0, 9), num(16, 10), structs(num(4, 0), num(8, 0), num(8, 1).until(1), num(4, 6), nullStr(0))),
+	},
+	9: { // OffsetFetch
+		str(0, 7), structs(str(0, 7), ints()).until(7).nullFrom(2),
+		structs(str(8, always), nullStr(9), num(4, 9), structs(str(8, 9), num(16, 10), ints()).nullFrom(8)).since(8),
+		num(1, 7),
+	},
+	10: {str(0, 3), num(1, 1), strs(4)}, // FindCoordinator
+	11: { // JoinGroup
+		str(0, always), num(4, 0), num(4, 1), str(0, always), nullStr(5), str(0, always),
+		structs(str(0, always), data()), nullStr(8),
+	},
+	12: {str(0, always), num(4, 0), str(0, always), nullStr(3)},                               // Heartbeat
+	13: {str(0, always), str(0, 2), structs(str(3, always), nullStr(3), nullStr(5)).since(3)}, // LeaveGroup
+	14: { // SyncGroup
+		str(0, always), num(4, 0), str(0, always), nullStr(3), nullStr(5), nullStr(5),
+		structs(str(0, always), data()),
+	},
+	15: {strs(0), num(1, 3)},                                          // DescribeGroups
+	16: {strs(4), strs(5)},                                            // ListGroups
+	42: {strs(0)},                                                     // DeleteGroups
+	47: {str(0, always), structs(str(0, always), structs(num(4, 0)))}, // OffsetDelete
+}
+
+func ints() field { return field{kind: numbers, size: 4, to: always, null: never} }
+
+// checkStruct walks over the fields of a struct and its tags, and fails where Kafka's reader would.
+func (r *reader) checkStruct(fields []field, version int16) {
+	for i := range fields {
+		f := &fields[i]
+		if version < f.from || version > f.to {
+			continue
+		}
+		null := version >= f.null
+		switch f.kind {
+		case fixed:
+			r.skip(f.size)
+		case text:
+			r.skipString(null)
+		case blob:
+			r.skipBytes(null)
+		case numbers:
+			r.skip(r.arrayLen(null) * f.size)
+		case texts:
+			for n := r.arrayLen(null); n > 0 && r.err == nil; n-- {
+				r.skipString(false)
+			}
+		case list:
+			for n := r.arrayLen(null); n > 0 && r.err == nil; n-- {
+				r.checkStruct(f.of, version)
+			}
+		}
+	}
+	r.skipTags()
+}
