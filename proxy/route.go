@@ -42,110 +42,110 @@ const (
 	ofTransactions = "offsets in transactions are not served yet"
 )
 
-func anyBroker() route             { return route{action: pass, reason: ofCluster} }
-func bound(reason string) route    { return route{action: pass, bound: true, reason: reason} }
-func internal() route              { return route{action: pass, bound: true, hidden: true, reason: ofBrokers} }
-func group() route                 { return route{action: coordinate, reason: ofGroup} }
-func unserved(reason string) route { return route{action: refuse, hidden: true, reason: reason} }
+func toAnyBroker() route               { return route{action: pass, reason: ofCluster} }
+func toThisBroker(reason string) route { return route{action: pass, bound: true, reason: reason} }
+func brokersOnly() route               { return route{action: pass, bound: true, hidden: true, reason: ofBrokers} }
+func toCoordinator() route             { return route{action: coordinate, reason: ofGroup} }
+func notServed(reason string) route    { return route{action: refuse, hidden: true, reason: reason} }
 
 // routes has every api key of Kafka up to 4.4. A test compares it with the message definitions of the kafka-clients
 // jar: its keys, and the fields that look like a broker's address (see notAddresses there).
 var routes = map[int16]route{
 	0:  {action: rewrite, bound: true, reason: "replies from 10 on name new leaders' addresses (KIP-951)"},   // Produce
-	1:  bound(ofPartition),                                                                                   // Fetch; replies name addresses from 16 on, so it is shown up to 15
-	2:  bound(ofPartition),                                                                                   // ListOffsets
+	1:  toThisBroker(ofPartition),                                                                            // Fetch; replies name addresses from 16 on, so it is shown up to 15
+	2:  toThisBroker(ofPartition),                                                                            // ListOffsets
 	3:  {action: rewrite, reason: "names all brokers"},                                                       // Metadata
-	4:  internal(),                                                                                           // LeaderAndIsr
-	5:  internal(),                                                                                           // StopReplica
-	6:  internal(),                                                                                           // UpdateMetadata
-	7:  internal(),                                                                                           // ControlledShutdown
-	8:  group(),                                                                                              // OffsetCommit
-	9:  group(),                                                                                              // OffsetFetch
+	4:  brokersOnly(),                                                                                        // LeaderAndIsr
+	5:  brokersOnly(),                                                                                        // StopReplica
+	6:  brokersOnly(),                                                                                        // UpdateMetadata
+	7:  brokersOnly(),                                                                                        // ControlledShutdown
+	8:  toCoordinator(),                                                                                      // OffsetCommit
+	9:  toCoordinator(),                                                                                      // OffsetFetch
 	10: {action: local, reason: "groups are placed here; other kinds go upstream, and replies name brokers"}, // FindCoordinator
-	11: group(),                                                                                              // JoinGroup
-	12: group(),                                                                                              // Heartbeat
-	13: group(),                                                                                              // LeaveGroup
-	14: group(),                                                                                              // SyncGroup
-	15: group(),                                                                                              // DescribeGroups
-	16: group(),                                                                                              // ListGroups
-	17: bound(ofConnection),                                                                                  // SaslHandshake
+	11: toCoordinator(),                                                                                      // JoinGroup
+	12: toCoordinator(),                                                                                      // Heartbeat
+	13: toCoordinator(),                                                                                      // LeaveGroup
+	14: toCoordinator(),                                                                                      // SyncGroup
+	15: toCoordinator(),                                                                                      // DescribeGroups
+	16: toCoordinator(),                                                                                      // ListGroups
+	17: toThisBroker(ofConnection),                                                                           // SaslHandshake
 	18: {action: local, reason: "decides what clients send; must work while the broker is down"},             // ApiVersions
-	19: anyBroker(),                                                                                          // CreateTopics
-	20: anyBroker(),                                                                                          // DeleteTopics
-	21: bound(ofPartition),                                                                                   // DeleteRecords
-	22: bound(ofTransaction),                                                                                 // InitProducerId; without a transactional id any broker has one
-	23: bound(ofPartition),                                                                                   // OffsetForLeaderEpoch
-	24: bound(ofTransaction),                                                                                 // AddPartitionsToTxn
+	19: toAnyBroker(),                                                                                        // CreateTopics
+	20: toAnyBroker(),                                                                                        // DeleteTopics
+	21: toThisBroker(ofPartition),                                                                            // DeleteRecords
+	22: toThisBroker(ofTransaction),                                                                          // InitProducerId; without a transactional id any broker has one
+	23: toThisBroker(ofPartition),                                                                            // OffsetForLeaderEpoch
+	24: toThisBroker(ofTransaction),                                                                          // AddPartitionsToTxn
 	25: {action: refuse, reason: ofTransactions},                                                             // AddOffsetsToTxn
-	26: bound(ofTransaction),                                                                                 // EndTxn
-	27: bound(ofPartition),                                                                                   // WriteTxnMarkers; the admin client aborts transactions with it
+	26: toThisBroker(ofTransaction),                                                                          // EndTxn
+	27: toThisBroker(ofPartition),                                                                            // WriteTxnMarkers; the admin client aborts transactions with it
 	28: {action: refuse, reason: ofTransactions},                                                             // TxnOffsetCommit
-	29: anyBroker(),                                                                                          // DescribeAcls
-	30: anyBroker(),                                                                                          // CreateAcls
-	31: anyBroker(),                                                                                          // DeleteAcls
-	32: bound("a broker's own configuration; others any broker has"),                                         // DescribeConfigs
-	33: bound("a broker's own configuration; others any broker takes"),                                       // AlterConfigs
-	34: bound(ofDirectories),                                                                                 // AlterReplicaLogDirs
-	35: bound(ofDirectories),                                                                                 // DescribeLogDirs
-	36: bound(ofConnection),                                                                                  // SaslAuthenticate
-	37: anyBroker(),                                                                                          // CreatePartitions
-	38: anyBroker(),                                                                                          // CreateDelegationToken
-	39: anyBroker(),                                                                                          // RenewDelegationToken
-	40: anyBroker(),                                                                                          // ExpireDelegationToken
-	41: anyBroker(),                                                                                          // DescribeDelegationToken
-	42: group(),                                                                                              // DeleteGroups
-	43: anyBroker(),                                                                                          // ElectLeaders
-	44: bound("a broker's own configuration; others any broker takes"),                                       // IncrementalAlterConfigs
-	45: anyBroker(),                                                                                          // AlterPartitionReassignments
-	46: anyBroker(),                                                                                          // ListPartitionReassignments
-	47: group(),                                                                                              // OffsetDelete
-	48: anyBroker(),                                                                                          // DescribeClientQuotas
-	49: anyBroker(),                                                                                          // AlterClientQuotas
-	50: anyBroker(),                                                                                          // DescribeUserScramCredentials
-	51: anyBroker(),                                                                                          // AlterUserScramCredentials
-	52: internal(),                                                                                           // Vote
-	53: internal(),                                                                                           // BeginQuorumEpoch
-	54: internal(),                                                                                           // EndQuorumEpoch
-	55: anyBroker(),                                                                                          // DescribeQuorum
-	56: internal(),                                                                                           // AlterPartition
-	57: anyBroker(),                                                                                          // UpdateFeatures
-	58: internal(),                                                                                           // Envelope
-	59: internal(),                                                                                           // FetchSnapshot
+	29: toAnyBroker(),                                                                                        // DescribeAcls
+	30: toAnyBroker(),                                                                                        // CreateAcls
+	31: toAnyBroker(),                                                                                        // DeleteAcls
+	32: toThisBroker("a broker's own configuration; others any broker has"),                                  // DescribeConfigs
+	33: toThisBroker("a broker's own configuration; others any broker takes"),                                // AlterConfigs
+	34: toThisBroker(ofDirectories),                                                                          // AlterReplicaLogDirs
+	35: toThisBroker(ofDirectories),                                                                          // DescribeLogDirs
+	36: toThisBroker(ofConnection),                                                                           // SaslAuthenticate
+	37: toAnyBroker(),                                                                                        // CreatePartitions
+	38: toAnyBroker(),                                                                                        // CreateDelegationToken
+	39: toAnyBroker(),                                                                                        // RenewDelegationToken
+	40: toAnyBroker(),                                                                                        // ExpireDelegationToken
+	41: toAnyBroker(),                                                                                        // DescribeDelegationToken
+	42: toCoordinator(),                                                                                      // DeleteGroups
+	43: toAnyBroker(),                                                                                        // ElectLeaders
+	44: toThisBroker("a broker's own configuration; others any broker takes"),                                // IncrementalAlterConfigs
+	45: toAnyBroker(),                                                                                        // AlterPartitionReassignments
+	46: toAnyBroker(),                                                                                        // ListPartitionReassignments
+	47: toCoordinator(),                                                                                      // OffsetDelete
+	48: toAnyBroker(),                                                                                        // DescribeClientQuotas
+	49: toAnyBroker(),                                                                                        // AlterClientQuotas
+	50: toAnyBroker(),                                                                                        // DescribeUserScramCredentials
+	51: toAnyBroker(),                                                                                        // AlterUserScramCredentials
+	52: brokersOnly(),                                                                                        // Vote
+	53: brokersOnly(),                                                                                        // BeginQuorumEpoch
+	54: brokersOnly(),                                                                                        // EndQuorumEpoch
+	55: toAnyBroker(),                                                                                        // DescribeQuorum
+	56: brokersOnly(),                                                                                        // AlterPartition
+	57: toAnyBroker(),                                                                                        // UpdateFeatures
+	58: brokersOnly(),                                                                                        // Envelope
+	59: brokersOnly(),                                                                                        // FetchSnapshot
 	60: {action: rewrite, reason: "names all brokers"},                                                       // DescribeCluster
-	61: bound(ofPartition),                                                                                   // DescribeProducers
-	62: internal(),                                                                                           // BrokerRegistration
-	63: internal(),                                                                                           // BrokerHeartbeat
-	64: anyBroker(),                                                                                          // UnregisterBroker
-	65: bound(ofTransaction),                                                                                 // DescribeTransactions
-	66: bound(ofTransaction),                                                                                 // ListTransactions; each broker has those it coordinates
-	67: internal(),                                                                                           // AllocateProducerIds
-	68: unserved(ofNextGroups),                                                                               // ConsumerGroupHeartbeat
-	69: unserved(ofNextGroups),                                                                               // ConsumerGroupDescribe
-	70: internal(),                                                                                           // ControllerRegistration
-	71: anyBroker(),                                                                                          // GetTelemetrySubscriptions
-	72: anyBroker(),                                                                                          // PushTelemetry; a broker that does not know the subscription says so, and it is renewed
-	73: internal(),                                                                                           // AssignReplicasToDirs
-	74: anyBroker(),                                                                                          // ListConfigResources
-	75: anyBroker(),                                                                                          // DescribeTopicPartitions
-	76: unserved(ofShareGroups),                                                                              // ShareGroupHeartbeat
-	77: unserved(ofShareGroups),                                                                              // ShareGroupDescribe
-	78: unserved(ofShareGroups),                                                                              // ShareFetch
-	79: unserved(ofShareGroups),                                                                              // ShareAcknowledge
-	80: anyBroker(),                                                                                          // AddRaftVoter
-	81: anyBroker(),                                                                                          // RemoveRaftVoter
-	82: internal(),                                                                                           // UpdateRaftVoter
-	83: internal(),                                                                                           // InitializeShareGroupState
-	84: internal(),                                                                                           // ReadShareGroupState
-	85: internal(),                                                                                           // WriteShareGroupState
-	86: internal(),                                                                                           // DeleteShareGroupState
-	87: internal(),                                                                                           // ReadShareGroupStateSummary
-	88: unserved(ofStreams),                                                                                  // StreamsGroupHeartbeat
-	89: unserved(ofStreams),                                                                                  // StreamsGroupDescribe
-	90: unserved(ofShareGroups),                                                                              // DescribeShareGroupOffsets
-	91: unserved(ofShareGroups),                                                                              // AlterShareGroupOffsets
-	92: unserved(ofShareGroups),                                                                              // DeleteShareGroupOffsets
-	93: unserved(ofStreams),                                                                                  // StreamsGroupTopologyDescriptionUpdate
-	94: anyBroker(),                                                                                          // UnregisterController
+	61: toThisBroker(ofPartition),                                                                            // DescribeProducers
+	62: brokersOnly(),                                                                                        // BrokerRegistration
+	63: brokersOnly(),                                                                                        // BrokerHeartbeat
+	64: toAnyBroker(),                                                                                        // UnregisterBroker
+	65: toThisBroker(ofTransaction),                                                                          // DescribeTransactions
+	66: toThisBroker(ofTransaction),                                                                          // ListTransactions; each broker has those it coordinates
+	67: brokersOnly(),                                                                                        // AllocateProducerIds
+	68: notServed(ofNextGroups),                                                                              // ConsumerGroupHeartbeat
+	69: notServed(ofNextGroups),                                                                              // ConsumerGroupDescribe
+	70: brokersOnly(),                                                                                        // ControllerRegistration
+	71: toAnyBroker(),                                                                                        // GetTelemetrySubscriptions
+	72: toAnyBroker(),                                                                                        // PushTelemetry; a broker that does not know the subscription says so, and it is renewed
+	73: brokersOnly(),                                                                                        // AssignReplicasToDirs
+	74: toAnyBroker(),                                                                                        // ListConfigResources
+	75: toAnyBroker(),                                                                                        // DescribeTopicPartitions
+	76: notServed(ofShareGroups),                                                                             // ShareGroupHeartbeat
+	77: notServed(ofShareGroups),                                                                             // ShareGroupDescribe
+	78: notServed(ofShareGroups),                                                                             // ShareFetch
+	79: notServed(ofShareGroups),                                                                             // ShareAcknowledge
+	80: toAnyBroker(),                                                                                        // AddRaftVoter
+	81: toAnyBroker(),                                                                                        // RemoveRaftVoter
+	82: brokersOnly(),                                                                                        // UpdateRaftVoter
+	83: brokersOnly(),                                                                                        // InitializeShareGroupState
+	84: brokersOnly(),                                                                                        // ReadShareGroupState
+	85: brokersOnly(),                                                                                        // WriteShareGroupState
+	86: brokersOnly(),                                                                                        // DeleteShareGroupState
+	87: brokersOnly(),                                                                                        // ReadShareGroupStateSummary
+	88: notServed(ofStreams),                                                                                 // StreamsGroupHeartbeat
+	89: notServed(ofStreams),                                                                                 // StreamsGroupDescribe
+	90: notServed(ofShareGroups),                                                                             // DescribeShareGroupOffsets
+	91: notServed(ofShareGroups),                                                                             // AlterShareGroupOffsets
+	92: notServed(ofShareGroups),                                                                             // DeleteShareGroupOffsets
+	93: notServed(ofStreams),                                                                                 // StreamsGroupTopologyDescriptionUpdate
+	94: toAnyBroker(),                                                                                        // UnregisterController
 }
 
 // routeOf gives the route of an api key. What we do not know passes untouched, and only its own broker answers it.

@@ -104,7 +104,7 @@ func apiVersions(h wire.RequestHeader, frame []byte, k known) (*kmsg.ApiVersions
 	}
 	resp.ApiKeys = apiKeys(k)
 	if k.upstream != nil && req.Version >= 3 {
-		features(resp, k.upstream)
+		showFeatures(resp, k.upstream)
 	}
 	return resp, nil
 }
@@ -192,8 +192,8 @@ var maxFeature = map[string]int16{
 	"transaction.version": 1,
 }
 
-// features copies the upstream's features into a response of version 3 or newer, as far as we serve them.
-func features(resp, upstream *kmsg.ApiVersionsResponse) {
+// showFeatures copies the upstream's features into a response of version 3 or newer, as far as we serve them.
+func showFeatures(resp, upstream *kmsg.ApiVersionsResponse) {
 	for _, f := range upstream.SupportedFeatures {
 		newest, limited := maxFeature[f.Name]
 		if limited && (newest == 0 || f.MinVersion > newest) {
