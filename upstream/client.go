@@ -1,0 +1,293 @@
+package upstream
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/twmb/franz-go/pkg/kerr"
+	"github.com/twmb/franz-go/pkg/kgo"
+	"github.com/twmb/franz-go/pkg/kmsg"
+)
+
+// ErrClosed is given to those who wait when the client closes.
+var ErrClosed = errors.New("the client of the upstream is closed")
+
+const (
+	refreshEvery  = 30 * time.Second
+	nudgedAfter   = 250 * time.Millisecond // between two questions, however often Nudge is called
+	firstPause    = 250 * time.Millisecond // after an error; doubles
+	longestPause  = 5 * time.Second
+	dialTimeout   = 3 * time.Second
+	askTimeout    = 10 * time.Second
+	remindEvery   = 5 * time.Minute // between two log lines while the upstream stays away
+	maxReplyBytes = 64 << 20
+)
+
+// Config says where the upstream is.
+type Config struct {
+	Seeds    []string // host:port; all are tried, and their names resolved anew each time
+	ClientID string
+	Logger   *slog.Logger
+	// Dialer replaces the network; nil for the real one.
+	Dialer func(ctx context.Context, network, host string) (net.Conn, error)
+}
+
+// Broker is one upstream broker at its own address.
+type Broker struct {
+	ID   int32
+	Host string
+	Port int32
+	Rack *string
+}
+
+// Brokers is what is known of the cluster. It is shared: nobody may change it.
+type Brokers struct {
+	ClusterID    string
+	ControllerID int32    // -1 if unknown; a KRaft cluster names any live broker
+	Brokers      []Broker // in ascending order of their ids
+	At           time.Time
+}
+
+// Client learns of the upstream's brokers and topics. Its methods may be called from any goroutine.
+type Client struct {
+	log    *slog.Logger
+	seeds  []string
+	kafka  *kgo.Client
+	nudge  chan struct{}
+	closed chan struct{}
+
+	brokers   atomic.Pointer[Brokers]
+	mu        sync.Mutex // guards onBrokers
+	onBrokers []func(Brokers)
+	once      sync.Once // closes closed
+
+	metadataVersion atomic.Int32 // of the last reply; -1 before
+	topics          table
+	asking          asking
+
+	failingSince time.Time // Run's own, like the next
+	remindedAt   time.Time
+}
+
+// New makes a client, which does nothing before Run. It fails only for a configuration that cannot work.
+func New(c Config) (*Client, error) {
+	if len(c.Seeds) == 0 {
+		return nil, errors.New("no address of an upstream broker")
+	}
+	for _, seed := range c.Seeds {
+		if _, _, err := net.SplitHostPort(seed); err != nil {
+			return nil, fmt.Errorf("upstream address %q is not HOST:PORT: %w", seed, err)
+		}
+	}
+	dialer := c.Dialer
+	if dialer == nil {
+		dialer = (&net.Dialer{Timeout: dialTimeout}).DialContext
+	}
+	bounded := func(ctx context.Context, network, host string) (net.Conn, error) {
+		ctx, cancel := context.WithTimeout(ctx, dialTimeout)
+		defer cancel()
+		return dialer(ctx, network, host)
+	}
+	kafka, err := kgo.NewClient(
+		kgo.SeedBrokers(c.Seeds...),
+		kgo.ClientID(c.ClientID),
+		kgo.SoftwareNameAndVersion("offset-sidecar", "1"),
+		kgo.Dialer(bounded),
+		kgo.DisableClientMetrics(),
+		kgo.MetadataMaxAge(24*time.Hour), // kgo's own refresh; ours is Run
+		kgo.MetadataMinAge(nudgedAfter),
+		kgo.RequestRetries(max(4, 2*len(c.Seeds))),
+		kgo.RetryTimeout(askTimeout),
+		kgo.RetryBackoffFn(func(tries int) time.Duration { return min(time.Duration(tries)*50*time.Millisecond, time.Second) }),
+		kgo.RequestTimeoutOverhead(dialTimeout),
+		kgo.BrokerMaxReadBytes(maxReplyBytes),
+	)
+	if err != nil {
+		return nil, fmt.Errorf("configuring the client of the upstream: %w", err)
+	}
+	log := c.Logger
+	if log == nil {
+		log = slog.New(slog.DiscardHandler)
+	}
+	client := &Client{
+		log:    log,
+		seeds:  slices.Clone(c.Seeds),
+		kafka:  kafka,
+		nudge:  make(chan struct{}, 1),
+		closed: make(chan struct{}),
+		asking: asking{wake: make(chan struct{}, 1)},
+	}
+	client.brokers.Store(&Brokers{ControllerID: -1})
+	client.metadataVersion.Store(-1)
+	return client, nil
+}
+
+// Brokers gives the last known list of brokers that was not empty; before that, an empty one.
+func (c *Client) Brokers() Brokers { return *c.brokers.Load() }
+
+// OnBrokers has fn called whenever the cluster id or a broker changes, from Run's goroutine and before Brokers shows
+// the change: what fn does (opening listeners) is done by then. The controller is not counted as a change.
+func (c *Client) OnBrokers(fn func(Brokers)) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.onBrokers = append(c.onBrokers, fn)
+}
+
+// Nudge says that something failed or that an unknown node id was seen: the brokers are asked for now, though at most
+// every 250 ms. It never blocks.
+func (c *Client) Nudge() {
+	select {
+	case c.nudge <- struct{}{}:
+	default:
+	}
+}
+
+// Run asks for brokers and topics until ctx ends or the client closes.
+func (c *Client) Run(ctx context.Context) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	stop := context.AfterFunc(ctx, c.asking.fail)
+	defer stop()
+	var topics sync.WaitGroup
+	topics.Go(func() { c.askTopics(ctx) })
+	defer topics.Wait()
+	defer cancel()
+
+	pause := firstPause
+	for {
+		next := refreshEvery
+		err := c.askBrokers(ctx)
+		switch {
+		case ctx.Err() != nil:
+			return
+		case err != nil:
+			c.failed(err)
+			next, pause = pause, min(2*pause, longestPause)
+		default:
+			c.succeeded()
+			pause = firstPause
+			c.asking.renew(c.topics.wanted(time.Now()))
+		}
+		if !c.rest(ctx, next) {
+			return
+		}
+	}
+}
+
+// rest waits for as long as given, or for a nudge; it says whether to go on.
+func (c *Client) rest(ctx context.Context, wait time.Duration) bool {
+	least := time.NewTimer(nudgedAfter)
+	defer least.Stop()
+	whole := time.NewTimer(wait)
+	defer whole.Stop()
+	select {
+	case <-ctx.Done():
+		return false
+	case <-c.closed:
+		return false
+	case <-least.C:
+	}
+	select {
+	case <-ctx.Done():
+		return false
+	case <-c.closed:
+		return false
+	case <-whole.C:
+	case <-c.nudge:
+	}
+	return true
+}
+
+// askBrokers asks for the brokers and no topics. In Metadata 0, which no broker since 0.10 needs, an empty list would
+// mean all topics; from 1 on it means none.
+func (c *Client) askBrokers(ctx context.Context) error {
+	req := kmsg.NewPtrMetadataRequest()
+	req.Topics = []kmsg.MetadataRequestTopic{}
+	_, err := c.metadata(ctx, req)
+	return err
+}
+
+// metadata asks any broker, and takes in what the reply says of the cluster.
+func (c *Client) metadata(ctx context.Context, req *kmsg.MetadataRequest) (*kmsg.MetadataResponse, error) {
+	ctx, cancel := context.WithTimeout(ctx, askTimeout)
+	defer cancel()
+	req.AllowAutoTopicCreation = false
+	resp, err := req.RequestWith(ctx, c.kafka)
+	if err != nil {
+		return nil, err
+	}
+	if err := kerr.ErrorForCode(resp.ErrorCode); err != nil {
+		return nil, err
+	}
+	if len(resp.Brokers) == 0 {
+		return nil, errors.New("it named no brokers")
+	}
+	c.metadataVersion.Store(int32(resp.Version))
+	c.learn(resp)
+	return resp, nil
+}
+
+// learn keeps the brokers of a reply and tells of a change.
+func (c *Client) learn(resp *kmsg.MetadataResponse) {
+	now := Brokers{ControllerID: resp.ControllerID, At: time.Now()}
+	if resp.Version < 1 {
+		now.ControllerID = -1
+	}
+	if resp.ClusterID != nil {
+		now.ClusterID = *resp.ClusterID
+	}
+	for _, b := range resp.Brokers {
+		now.Brokers = append(now.Brokers, Broker{ID: b.NodeID, Host: b.Host, Port: b.Port, Rack: b.Rack})
+	}
+	slices.SortFunc(now.Brokers, func(a, b Broker) int { return int(a.ID) - int(b.ID) })
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if before := c.brokers.Load(); now.ClusterID != before.ClusterID || !slices.EqualFunc(now.Brokers, before.Brokers, same) {
+		for _, fn := range c.onBrokers {
+			fn(now)
+		}
+	}
+	c.brokers.Store(&now)
+}
+
+func same(a, b Broker) bool {
+	if a.ID != b.ID || a.Host != b.Host || a.Port != b.Port || (a.Rack == nil) != (b.Rack == nil) {
+		return false
+	}
+	return a.Rack == nil || *a.Rack == *b.Rack
+}
+
+// failed logs that the upstream cannot be asked: when that begins, and from time to time while it lasts.
+func (c *Client) failed(err error) {
+	now := time.Now()
+	if c.failingSince.IsZero() {
+		c.failingSince = now
+	} else if now.Sub(c.remindedAt) < remindEvery {
+		return
+	}
+	c.remindedAt = now
+	c.log.Warn("upstream cannot be asked for its brokers, trying on; is this the address of a Kafka broker?",
+		"upstream", strings.Join(c.seeds, ","), "since", c.failingSince.Format(time.RFC3339), "error", err)
+}
+
+func (c *Client) succeeded() {
+	if !c.failingSince.IsZero() {
+		c.log.Info("upstream answers again", "upstream", strings.Join(c.seeds, ","), "after", time.Since(c.failingSince).Round(time.Millisecond))
+		c.failingSince = time.Time{}
+	}
+}
+
+// Close ends Run and fails all that wait.
+func (c *Client) Close() {
+	c.once.Do(func() { close(c.closed) })
+	c.asking.fail()
+	c.kafka.Close()
+}
