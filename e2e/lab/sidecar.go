@@ -1,0 +1,172 @@
+package lab
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+)
+
+// Sidecar is one sidecar process; Start may be called again after its end and uses the same ports and directory.
+type Sidecar struct {
+	Verb     string // "" is run
+	Upstream string
+	Port     int    // of the bootstrap listener; 0: chosen, with room behind it for the brokers' listeners
+	Dir      string // the data directory
+	Args     []string
+	Command  func(*exec.Cmd) // a last change to the command, such as another user
+	*Process
+
+	ready map[string]any
+}
+
+// Binary builds the sidecar once and returns its path.
+var Binary = sync.OnceValues(func() (string, error) {
+	paths, err := Setup()
+	if err != nil {
+		return "", err
+	}
+	dir, err := TempDir("bin")
+	if err != nil {
+		return "", err
+	}
+	bin := filepath.Join(dir, "offset-sidecar")
+	cmd := exec.Command("go", "build", "-o", bin, "./cmd/offset-sidecar")
+	cmd.Dir = paths.Root
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return "", fmt.Errorf("building the sidecar: %w\n%s", err, out)
+	}
+	return bin, nil
+})
+
+var temp = sync.OnceValues(func() (string, error) {
+	dir, err := os.MkdirTemp("", "offset-sidecar-e2e-")
+	if err != nil {
+		return "", err
+	}
+	return dir, os.Chmod(dir, 0o755) // a sidecar may run as another user
+})
+
+// TempDir makes a folder under one that Cleanup removes.
+func TempDir(name string) (string, error) {
+	dir, err := temp()
+	if err != nil {
+		return "", err
+	}
+	return os.MkdirTemp(dir, name+"-")
+}
+
+// Cleanup removes all that TempDir gave.
+func Cleanup() {
+	if dir, err := temp(); err == nil {
+		_ = os.RemoveAll(dir)
+	}
+}
+
+// Start launches the process without waiting for anything.
+func (s *Sidecar) Start() error {
+	bin, err := Binary()
+	if err != nil {
+		return err
+	}
+	if s.Port == 0 {
+		if s.Port, err = Ports(8); err != nil {
+			return err
+		}
+	}
+	args := []string{"run", "--upstream", s.Upstream}
+	if s.Verb != "" {
+		args = []string{s.Verb}
+	}
+	args = append(args, "--listen", s.Addr(), "--http", "127.0.0.1:0", "--admin", "127.0.0.1:0")
+	if s.Dir != "" {
+		args = append(args, "--data-dir", s.Dir)
+	}
+	cmd := exec.Command(bin, append(args, s.Args...)...)
+	if s.Command != nil {
+		s.Command(cmd)
+	}
+	s.ready = nil
+	s.Process, err = StartCommand("sidecar", cmd)
+	return err
+}
+
+// Up starts the process and waits for its line "ready".
+func (s *Sidecar) Up() error {
+	if err := s.Start(); err != nil {
+		return err
+	}
+	return s.Ready(15 * time.Second)
+}
+
+// Ready waits for the line "ready" and keeps its addresses.
+func (s *Sidecar) Ready(within time.Duration) error {
+	_, err := s.Line(0, within, func(line string) bool {
+		var entry map[string]any
+		if json.Unmarshal([]byte(line), &entry) != nil || entry["msg"] != "ready" {
+			return false
+		}
+		s.ready = entry
+		return true
+	})
+	return err
+}
+
+// Addr is the bootstrap listener's address.
+func (s *Sidecar) Addr() string { return fmt.Sprintf("127.0.0.1:%d", s.Port) }
+
+// BrokerAddr is the address of the listener for an upstream broker (design: listen + 1 + node id mod 256).
+func (s *Sidecar) BrokerAddr(id int) string { return fmt.Sprintf("127.0.0.1:%d", s.Port+1+id%256) }
+
+// Terminate sends SIGTERM and waits for the end.
+func (s *Sidecar) Terminate(within time.Duration) (int, error) {
+	if err := s.Signal(syscall.SIGTERM); err != nil {
+		return -1, err
+	}
+	return s.Wait(within)
+}
+
+// Metric reads one metric, summed over its labels, from the health listener.
+func (s *Sidecar) Metric(name string) (float64, error) {
+	addr, _ := s.ready["http"].(string)
+	if addr == "" {
+		return 0, errors.New("the line ready named no http address")
+	}
+	resp, err := http.Get("http://" + addr + "/metrics")
+	if err != nil {
+		return 0, err
+	}
+	defer func() { _ = resp.Body.Close() }()
+	body, err := io.ReadAll(resp.Body)
+	if err != nil {
+		return 0, err
+	}
+	sum, found := 0.0, false
+	for line := range strings.SplitSeq(string(body), "\n") {
+		series, value, ok := strings.Cut(line, " ")
+		if i := strings.LastIndexByte(line, '}'); i >= 0 && len(line) > i+2 { // labels may hold blanks
+			series, value, ok = line[:i], line[i+2:], true
+		}
+		if metric, _, _ := strings.Cut(series, "{"); !ok || metric != name {
+			continue
+		}
+		v, err := strconv.ParseFloat(value, 64)
+		if err != nil {
+			return 0, fmt.Errorf("metric %s: %w", name, err)
+		}
+		sum, found = sum+v, true
+	}
+	if !found {
+		return 0, fmt.Errorf("no metric %s", name)
+	}
+	return sum, nil
+}
