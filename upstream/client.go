@@ -53,7 +53,7 @@ type Brokers struct {
 	ClusterID    string
 	ControllerID int32    // -1 if unknown; a KRaft cluster names any live broker
 	Brokers      []Broker // in ascending order of their ids
-	At           time.Time
+	At           time.Time // when this was asked for
 }
 
 // Client learns of the upstream's brokers and topics. Its methods may be called from any goroutine.
@@ -133,8 +133,8 @@ func New(c Config) (*Client, error) {
 // Brokers gives the last known list of brokers that was not empty; before that, an empty one.
 func (c *Client) Brokers() Brokers { return *c.brokers.Load() }
 
-// OnBrokers has fn called whenever the cluster id or a broker changes, from Run's goroutine and before Brokers shows
-// the change: what fn does (opening listeners) is done by then. The controller is not counted as a change.
+// OnBrokers has fn called whenever the cluster id or a broker changes, by one goroutine at a time and before Brokers
+// shows the change: what fn does (opening listeners) is done by then. The controller is not counted as a change.
 func (c *Client) OnBrokers(fn func(Brokers)) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -220,6 +220,7 @@ func (c *Client) metadata(ctx context.Context, req *kmsg.MetadataRequest) (*kmsg
 	ctx, cancel := context.WithTimeout(ctx, askTimeout)
 	defer cancel()
 	req.AllowAutoTopicCreation = false
+	asked := time.Now()
 	resp, err := req.RequestWith(ctx, c.kafka)
 	if err != nil {
 		return nil, err
@@ -231,13 +232,14 @@ func (c *Client) metadata(ctx context.Context, req *kmsg.MetadataRequest) (*kmsg
 		return nil, errors.New("it named no brokers")
 	}
 	c.metadataVersion.Store(int32(resp.Version))
-	c.learn(resp)
+	c.learn(resp, asked)
 	return resp, nil
 }
 
-// learn keeps the brokers of a reply and tells of a change.
-func (c *Client) learn(resp *kmsg.MetadataResponse) {
-	now := Brokers{ControllerID: resp.ControllerID, At: time.Now()}
+// learn keeps the brokers of a reply and tells of a change. Replies may come out of order, as brokers and topics are
+// asked for by two goroutines.
+func (c *Client) learn(resp *kmsg.MetadataResponse, asked time.Time) {
+	now := Brokers{ControllerID: resp.ControllerID, At: asked}
 	if resp.Version < 1 {
 		now.ControllerID = -1
 	}
@@ -250,7 +252,11 @@ func (c *Client) learn(resp *kmsg.MetadataResponse) {
 	slices.SortFunc(now.Brokers, func(a, b Broker) int { return int(a.ID) - int(b.ID) })
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if before := c.brokers.Load(); now.ClusterID != before.ClusterID || !slices.EqualFunc(now.Brokers, before.Brokers, same) {
+	before := c.brokers.Load()
+	if asked.Before(before.At) {
+		return
+	}
+	if now.ClusterID != before.ClusterID || !slices.EqualFunc(now.Brokers, before.Brokers, same) {
 		for _, fn := range c.onBrokers {
 			fn(now)
 		}

@@ -162,12 +162,11 @@ func (t *table) wanted(now time.Time) []string {
 type waiter struct {
 	done     func(error)
 	answered atomic.Bool
-	deadline *time.Timer
+	deadline *time.Timer // answers too
 }
 
 func (w *waiter) answer(err error) {
 	if w.answered.CompareAndSwap(false, true) {
-		w.deadline.Stop()
 		w.done(err)
 	}
 }
@@ -188,17 +187,17 @@ type asking struct {
 // the upstream's answer, with an error when the upstream could not be asked within 2 s. It never blocks, nor does it
 // call done before it has returned.
 func (c *Client) Refresh(names []string, ids [][16]byte, done func(error)) {
-	w := &waiter{done: done}
 	c.asking.mu.Lock()
 	defer c.asking.mu.Unlock()
 	switch {
 	case c.asking.over:
-		w.deadline = time.AfterFunc(0, func() { w.answer(ErrClosed) })
+		time.AfterFunc(0, func() { done(ErrClosed) })
 		return
 	case len(names)+len(ids) == 0:
-		w.deadline = time.AfterFunc(0, func() { w.answer(nil) })
+		time.AfterFunc(0, func() { done(nil) })
 		return
 	}
+	w := &waiter{done: done}
 	w.deadline = time.AfterFunc(refreshDeadline, func() { w.answer(errDeadline) })
 	c.asking.add(names, ids)
 	c.asking.waiters = append(c.asking.waiters, w)
@@ -254,6 +253,7 @@ func (a *asking) fail() {
 	a.waiters = nil
 	a.mu.Unlock()
 	for _, w := range waiters {
+		w.deadline.Stop()
 		w.answer(ErrClosed)
 	}
 }
@@ -274,6 +274,7 @@ func (c *Client) askTopics(ctx context.Context) {
 			c.Nudge()
 		}
 		for _, w := range waiters {
+			w.deadline.Stop()
 			w.answer(err)
 		}
 	}
