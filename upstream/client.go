@@ -51,8 +51,8 @@ type Broker struct {
 // Brokers is what is known of the cluster. It is shared: nobody may change it.
 type Brokers struct {
 	ClusterID    string
-	ControllerID int32    // -1 if unknown; a KRaft cluster names any live broker
-	Brokers      []Broker // in ascending order of their ids
+	ControllerID int32     // -1 if unknown; a KRaft cluster names any live broker
+	Brokers      []Broker  // in ascending order of their ids
 	At           time.Time // when this was asked for
 }
 
