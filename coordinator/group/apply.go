@@ -1,0 +1,165 @@
+package group
+
+import (
+	"bytes"
+	"cmp"
+	"slices"
+	"unique"
+)
+
+// group is everything that hangs on one group id. Its hard state is the newest value of each of its records, kept as
+// it was written; live is the state machine that Step runs on top, derived from them and dropped with the activation.
+type group struct {
+	id        string
+	partition int32
+	meta      []byte // GroupMetadataValue
+	round     []byte // the join round completed last
+	seenValue []byte // when a client was last seen, coarsely
+	offsets   map[string]*topicOffsets
+
+	live *classic
+	seen int64 // milliseconds; when a client was last seen in this activation, 0 for not yet
+}
+
+// topicOffsets are a group's offsets of a topic, sorted by partition. Names are interned: a million keys share some
+// hundred topic names.
+type topicOffsets struct {
+	name unique.Handle[string]
+	list []partitionOffset
+}
+
+type partitionOffset struct {
+	partition int32
+	value     []byte // OffsetCommitValue
+}
+
+func (t *topicOffsets) find(partition int32) (int, bool) {
+	if i := int(partition); i >= 0 && i < len(t.list) && t.list[i].partition == partition {
+		return i, true // all partitions from 0 on have an offset, as is usual
+	}
+	return slices.BinarySearchFunc(t.list, partition, func(p partitionOffset, n int32) int {
+		return cmp.Compare(p.partition, n)
+	})
+}
+
+// exists tells a group from a mere sighting of one.
+func (g *group) exists() bool {
+	return g.live != nil || g.meta != nil || g.round != nil || len(g.offsets) > 0
+}
+
+// Apply makes r the newest record of its key. Live, in replay and in undo, the same line runs: State is a function of
+// the newest value per key, whatever the order across keys. Key types that are not known are kept out. r may be reused
+// afterwards.
+func (s *State) Apply(r Record) {
+	s.swap(r.Key, bytes.Clone(r.Value))
+}
+
+// Record gives the newest value of a key, byte for byte as it was applied; nil for a tombstone or none.
+func (s *State) Record(key []byte) []byte {
+	k, ok := parseKey(key)
+	if !ok {
+		return nil
+	}
+	if k.kind == keySession {
+		if e := s.sessions.byID[k.session]; e != nil {
+			return e.value
+		}
+		return nil
+	}
+	g := s.groups[string(k.group)]
+	if g == nil {
+		return nil
+	}
+	switch k.kind {
+	case keyOffset:
+		if t := g.offsets[string(k.topic)]; t != nil {
+			if i, ok := t.find(k.partition); ok {
+				return t.list[i].value
+			}
+		}
+		return nil
+	default:
+		return *g.value(k.kind)
+	}
+}
+
+// value is where the group keeps its record of that kind.
+func (g *group) value(kind int16) *[]byte {
+	switch kind {
+	case keyGroup:
+		return &g.meta
+	case keyRound:
+		return &g.round
+	default:
+		return &g.seenValue
+	}
+}
+
+// swap is Apply; it takes value over and gives back the one before.
+func (s *State) swap(key, value []byte) (previous []byte) {
+	k, ok := parseKey(key)
+	if !ok {
+		return nil
+	}
+	if k.kind == keySession {
+		return s.sessions.swap(k.session, value)
+	}
+	g := s.groups[string(k.group)]
+	if g == nil {
+		if value == nil {
+			return nil
+		}
+		g = s.addGroup(string(k.group))
+	}
+	if k.kind == keyOffset {
+		previous = g.swapOffset(k, value)
+	} else {
+		at := g.value(k.kind)
+		previous, *at = *at, value
+	}
+	if value == nil {
+		s.dropIfGone(g)
+	}
+	return previous
+}
+
+func (g *group) swapOffset(k recordKey, value []byte) (previous []byte) {
+	t := g.offsets[string(k.topic)]
+	if t == nil {
+		if value == nil {
+			return nil
+		}
+		name := unique.Make(string(k.topic))
+		t = &topicOffsets{name: name}
+		if g.offsets == nil {
+			g.offsets = map[string]*topicOffsets{}
+		}
+		g.offsets[name.Value()] = t
+	}
+	i, found := t.find(k.partition)
+	switch {
+	case found && value != nil:
+		previous, t.list[i].value = t.list[i].value, value
+	case found:
+		previous = t.list[i].value
+		t.list = slices.Delete(t.list, i, i+1)
+		if len(t.list) == 0 {
+			delete(g.offsets, t.name.Value())
+		}
+	case value != nil:
+		t.list = slices.Insert(t.list, i, partitionOffset{k.partition, value})
+	}
+	return previous
+}
+
+func (s *State) addGroup(id string) *group {
+	g := &group{id: id, partition: PartitionOf(id)}
+	s.groups[id] = g
+	return g
+}
+
+func (s *State) dropIfGone(g *group) {
+	if !g.exists() && g.seenValue == nil {
+		delete(s.groups, g.id)
+	}
+}

@@ -1,0 +1,2 @@
+// Package group is the rules of consumer groups and their offsets.
+package group

@@ -1,0 +1,105 @@
+package group
+
+import (
+	"encoding/binary"
+	"time"
+)
+
+// sweepRecords is after how many records a sweep makes way for requests.
+const sweepRecords = 1024
+
+// seenGrains is how many times in a retention time it is noted durably that a group was seen.
+const seenGrains = 8
+
+// expireOffsets is GroupCoordinatorShard.cleanupGroupMetadata: every group's expired offsets go, and Empty groups that
+// have none left (KIP-211).
+func (s *State) expireOffsets() {
+	if len(s.sweep) == 0 {
+		s.sweep = s.sortedGroups()
+	}
+	for len(s.sweep) > 0 && len(s.eff.Records) < sweepRecords {
+		g := s.groups[s.sweep[0]]
+		s.sweep = s.sweep[1:]
+		if g != nil && g.exists() {
+			s.expireGroup(g)
+		}
+	}
+	next := s.cfg.OffsetsRetentionCheck
+	if len(s.sweep) > 0 {
+		next = 0
+	}
+	s.timers.arm(&s.sweeper, s.now, next)
+}
+
+func (s *State) expireGroup(g *group) {
+	if s.noteSeen(g); g.offsets != nil && !s.expireGroupOffsets(g) {
+		return
+	}
+	if c := g.view(); c.state == empty && len(c.pending) == 0 {
+		s.deleteGroupItself(g)
+	}
+}
+
+// expireGroupOffsets yields the tombstones of the group's expired offsets and says whether none is left.
+func (s *State) expireGroupOffsets(g *group) (all bool) {
+	c := g.view()
+	base := int64(-1) // what the retention time counts from, if not the commit
+	switch {
+	case c.protocolType == nil:
+	case c.state == empty:
+		base = c.since
+	case c.typeName() == consumerType && c.subscribed != nil && c.state == stable:
+	default:
+		return false
+	}
+	now, retention := s.now.UnixMilli(), s.cfg.OffsetsRetention.Milliseconds()
+	seen := s.lastSeen(g)
+	all = true
+	for _, name := range sortedTopics(g.offsets) {
+		if c.subscribesTo(name) {
+			all = false
+			continue
+		}
+		for _, p := range append([]partitionOffset(nil), g.offsets[name].list...) {
+			o, ok := decodeOffset(p.value)
+			from := o.committed
+			if base != -1 {
+				from = base
+			}
+			// Unlike Kafka: what is read but seldom committed is in use too.
+			if expired := o.expires != -1 && now >= o.expires ||
+				o.expires == -1 && now-max(from, seen) >= retention; ok && expired {
+				s.put(g.partition, appendOffsetKey(nil, g.id, name, p.partition), nil)
+			} else {
+				all = false
+			}
+		}
+	}
+	return all
+}
+
+// lastSeen is when a client last asked for the group, as far as is known, in milliseconds. A sighting is noted durably
+// only now and then, so after a failover up to a grain of time counts in the group's favour.
+func (s *State) lastSeen(g *group) int64 {
+	return max(g.seen, g.seenRecord()+s.seenGrain().Milliseconds())
+}
+
+func (s *State) seenGrain() time.Duration { return s.cfg.OffsetsRetention / seenGrains }
+
+func (g *group) seenRecord() int64 {
+	r := reader{b: g.seenValue}
+	if r.int16() != seenVersion {
+		return 0
+	}
+	return r.int64()
+}
+
+// noteSeen yields the record of a sighting that is a grain newer than the one noted last.
+func (s *State) noteSeen(g *group) {
+	if len(g.offsets) == 0 || g.seen == 0 || g.seen-g.seenRecord() < s.seenGrain().Milliseconds() {
+		return
+	}
+	value := binary.BigEndian.AppendUint16(nil, uint16(seenVersion))
+	value = binary.BigEndian.AppendUint64(value, uint64(g.seen))
+	s.put(PrivatePartition, groupKey(keySeen, g.id), value)
+}

@@ -1,0 +1,111 @@
+package group
+
+import (
+	"slices"
+	"time"
+
+	"github.com/twmb/franz-go/pkg/kmsg"
+)
+
+// Step takes one request. Its records are already applied; its reply may come with it or with a later Step or Tick.
+func (s *State) Step(now time.Time, in Input) Effects {
+	s.begin(now)
+	switch req := in.Request.(type) {
+	case *kmsg.JoinGroupRequest:
+		s.joinGroup(&in, req)
+	case *kmsg.SyncGroupRequest:
+		s.syncGroup(&in, req)
+	case *kmsg.HeartbeatRequest:
+		s.heartbeat(&in, req)
+	case *kmsg.LeaveGroupRequest:
+		s.leaveGroup(&in, req)
+	case *kmsg.OffsetCommitRequest:
+		s.commitOffsets(&in, req)
+	case *kmsg.OffsetFetchRequest:
+		s.fetchOffsets(&in, req)
+	case *kmsg.OffsetDeleteRequest:
+		s.deleteOffsets(&in, req)
+	case *kmsg.ListGroupsRequest:
+		s.listGroups(&in, req)
+	case *kmsg.DescribeGroupsRequest:
+		s.describeGroups(&in, req)
+	case *kmsg.DeleteGroupsRequest:
+		s.deleteGroups(&in, req)
+	default:
+		s.refuse(in.Call, ErrorResponse(in.Request, errUnsupportedVersion))
+	}
+	return s.finish()
+}
+
+// Tick does what time has come for. A Tick before Deadline does nothing.
+func (s *State) Tick(now time.Time) Effects {
+	s.begin(now)
+	for t := s.timers.due(now); t != nil; t = s.timers.due(now) {
+		switch t.kind {
+		case sessionTimer:
+			s.expireMember(t.g, t.m)
+		case pendingTimer:
+			s.expirePending(t.g, t.p)
+		case joinTimer:
+			s.expireJoinPhase(t.g)
+		case syncTimer:
+			s.expireSyncPhase(t.g)
+		case sweepTimer:
+			s.expireOffsets()
+			if len(s.sweep) > 0 {
+				return s.finish() // inputs come first; the rest of the sweep is due at once
+			}
+		}
+	}
+	return s.finish()
+}
+
+// Deadline is when the next Tick is due, the zero time if nothing is armed.
+func (s *State) Deadline() time.Time {
+	if t := s.timers.next(); t != nil {
+		return t.at
+	}
+	return time.Time{}
+}
+
+func (s *State) begin(now time.Time) {
+	s.now = now
+	s.eff = Effects{}
+}
+
+func (s *State) finish() Effects {
+	eff := s.eff
+	s.eff = Effects{}
+	if len(eff.Records) > 0 {
+		for i := range eff.Replies {
+			eff.Replies[i].Fence = false // they wait for these records
+		}
+	}
+	return eff
+}
+
+// put yields a record and applies it; it takes key and value over.
+func (s *State) put(partition int32, key, value []byte) {
+	previous := s.swap(key, value)
+	s.eff.Records = append(s.eff.Records, Record{partition, key, value})
+	s.eff.Previous = append(s.eff.Previous, Record{partition, key, previous})
+}
+
+// reply answers with something that holds only while this coordinator has not been replaced.
+func (s *State) reply(call uint64, resp kmsg.Response) {
+	s.eff.Replies = append(s.eff.Replies, Reply{Call: call, Response: resp, Fence: true})
+}
+
+// refuse answers a request that is wrong whatever the state.
+func (s *State) refuse(call uint64, resp kmsg.Response) {
+	s.eff.Replies = append(s.eff.Replies, Reply{Call: call, Response: resp})
+}
+
+func (s *State) sortedGroups() []string {
+	ids := make([]string, 0, len(s.groups))
+	for id := range s.groups {
+		ids = append(ids, id)
+	}
+	slices.Sort(ids)
+	return ids
+}

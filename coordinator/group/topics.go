@@ -1,0 +1,70 @@
+package group
+
+import (
+	"slices"
+
+	"github.com/twmb/franz-go/pkg/kmsg"
+)
+
+// UnknownTopics gives the topics of a request that the table does not know, or not with so many partitions: the
+// upstream is asked for them once before they are refused.
+func UnknownTopics(req kmsg.Request, t Topics) (names []string, ids [][16]byte) {
+	name := func(n string, highest int32) {
+		if n == "" || len(n) > maxTopic {
+			return
+		}
+		if _, partitions, known := t.Topic(n); (!known || highest >= partitions) && !slices.Contains(names, n) {
+			names = append(names, n)
+		}
+	}
+	id := func(id [16]byte, highest int32) {
+		if id == [16]byte{} {
+			return
+		}
+		if n, known := t.TopicName(id); known {
+			name(n, highest)
+		} else if !slices.Contains(ids, id) {
+			ids = append(ids, id)
+		}
+	}
+	switch req := req.(type) {
+	case *kmsg.OffsetCommitRequest:
+		for i := range req.Topics {
+			highest := int32(-1)
+			for j := range req.Topics[i].Partitions {
+				highest = max(highest, req.Topics[i].Partitions[j].Partition)
+			}
+			if req.Version >= 10 {
+				id(req.Topics[i].TopicID, highest)
+			} else {
+				name(req.Topics[i].Topic, highest)
+			}
+		}
+	case *kmsg.OffsetFetchRequest:
+		if req.Version >= 10 {
+			for _, g := range req.Groups {
+				for _, t := range g.Topics {
+					id(t.TopicID, -1)
+				}
+			}
+		}
+	case *kmsg.OffsetDeleteRequest:
+		for _, t := range req.Topics {
+			highest := int32(-1)
+			for _, p := range t.Partitions {
+				highest = max(highest, p.Partition)
+			}
+			name(t.Topic, highest)
+		}
+	}
+	return names, ids
+}
+
+func sortedTopics(offsets map[string]*topicOffsets) []string {
+	names := make([]string, 0, len(offsets))
+	for n := range offsets {
+		names = append(names, n)
+	}
+	slices.Sort(names)
+	return names
+}
