@@ -6,6 +6,7 @@ import (
 
 	"github.com/offset-sidecar/offset-sidecar/coordinator/group"
 	"github.com/offset-sidecar/offset-sidecar/replicate"
+	"github.com/offset-sidecar/offset-sidecar/tracing"
 )
 
 // entryRequests bounds how many Steps with records one entry takes, besides replicate.EntryBytes.

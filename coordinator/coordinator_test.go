@@ -1,0 +1,466 @@
+package coordinator
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/offset-sidecar/offset-sidecar/coordinator/group"
+	"github.com/offset-sidecar/offset-sidecar/replicate"
+	"github.com/twmb/franz-go/pkg/kerr"
+	"github.com/twmb/franz-go/pkg/kmsg"
+)
+
+// hand is the log in the hand of the test: it takes the entries that are offered and says what becomes of them. The
+// schedules below cannot be had from a real one on demand.
+type hand struct {
+	t        *testing.T
+	events   chan replicate.Event
+	entries  chan replicate.Entry
+	stored   []replicate.Record // what Latest gives
+	resigned []uint64
+	fences   []func(error) // under way; nil in openFence mode
+	hold     bool          // whether fences wait for the test
+}
+
+func (h *hand) Events() <-chan replicate.Event  { return h.events }
+func (h *hand) Entries() chan<- replicate.Entry { return h.entries }
+func (h *hand) Resign(term uint64)              { h.resigned = append(h.resigned, term) }
+func (h *hand) Latest(yield func(replicate.Record) error) error {
+	for _, r := range h.stored {
+		if err := yield(r); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+func (h *hand) Fence(_ uint64, done func(error)) {
+	if h.hold {
+		h.fences = append(h.fences, done)
+		return
+	}
+	done(nil)
+}
+
+// take is the entry offered now; nothing is, if ok is false.
+func (h *hand) take() (e replicate.Entry, ok bool) {
+	synctest.Wait()
+	select {
+	case e = <-h.entries:
+		synctest.Wait()
+		return e, true
+	default:
+		return e, false
+	}
+}
+
+func (h *hand) mustTake() replicate.Entry {
+	h.t.Helper()
+	e, ok := h.take()
+	if !ok {
+		h.t.Fatal("no entry was offered")
+	}
+	return e
+}
+
+func (h *hand) event(e replicate.Event) {
+	h.events <- e
+	synctest.Wait()
+}
+
+func (h *hand) applied(e replicate.Entry) {
+	h.event(replicate.Event{Kind: replicate.Applied, Term: e.Term, Sequence: e.Sequence, Records: e.Records})
+}
+
+// onlyOrders is an upstream that has one topic, orders, with three partitions; late is learnt by a Refresh.
+type onlyOrders struct {
+	late    map[string]bool
+	refresh func(done func(error)) // nil: at once
+}
+
+func (o *onlyOrders) Topic(name string) ([16]byte, int32, bool) {
+	if name == "orders" || o.late[name] {
+		return [16]byte{1}, 3, true
+	}
+	return [16]byte{}, 0, false
+}
+func (o *onlyOrders) TopicName([16]byte) (string, bool) { return "", false }
+func (o *onlyOrders) Refresh(_ []string, _ [][16]byte, done func(error)) {
+	if o.refresh == nil {
+		done(nil)
+		return
+	}
+	o.refresh(done)
+}
+
+// bubble runs a test with a coordinator that is active in term 1 and whose log is in the test's hand.
+func bubble(t *testing.T, topics *onlyOrders, test func(c *Coordinator, h *hand)) {
+	t.Helper()
+	synctest.Test(t, func(t *testing.T) {
+		h := &hand{t: t, events: make(chan replicate.Event), entries: make(chan replicate.Entry)}
+		config := Config{Group: group.DefaultConfig(), CommitTimeout: 5 * time.Second}
+		config.Group.InitialRebalanceDelay = 0
+		c := New(config, h, topics, slog.New(slog.DiscardHandler), nil)
+		ctx, cancel := context.WithCancel(t.Context())
+		ended := make(chan error)
+		go func() { ended <- c.Run(ctx) }()
+		h.event(replicate.Event{Kind: replicate.Reset})
+		h.event(replicate.Event{Kind: replicate.Active, Term: 1})
+		test(c, h)
+		cancel()
+		if err := <-ended; err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+// answer is what Done was called with; nil Done calls so far mean it is parked.
+type answer struct {
+	response kmsg.Response
+	err      error
+	calls    int
+}
+
+func (a *answer) String() string {
+	switch {
+	case a.calls == 0:
+		return "parked"
+	case a.calls > 1:
+		return fmt.Sprintf("answered %d times", a.calls)
+	case a.err != nil:
+		return a.err.Error()
+	}
+	switch r := a.response.(type) {
+	case *kmsg.OffsetCommitResponse:
+		return errorName(r.Topics[0].Partitions[0].ErrorCode)
+	case *kmsg.OffsetFetchResponse:
+		if code := r.Groups[0].ErrorCode; code != 0 {
+			return errorName(code)
+		}
+		return fmt.Sprint(r.Groups[0].Topics[0].Partitions[0].Offset)
+	case *kmsg.HeartbeatResponse:
+		return errorName(r.ErrorCode)
+	case *kmsg.JoinGroupResponse:
+		return fmt.Sprintf("%s generation %d", errorName(r.ErrorCode), r.Generation)
+	case *kmsg.SyncGroupResponse:
+		return errorName(r.ErrorCode)
+	}
+	return fmt.Sprintf("%T", a.response)
+}
+
+func errorName(code int16) string {
+	if err := kerr.TypedErrorForCode(code); err != nil {
+		return err.Message
+	}
+	return "NONE"
+}
+
+func (a *answer) is(t *testing.T, want string) {
+	t.Helper()
+	synctest.Wait()
+	if got := a.String(); got != want {
+		t.Errorf("the answer is %q, want %q", got, want)
+	}
+}
+
+// session submits the requests of one client connection.
+type session struct {
+	c       *Coordinator
+	client  group.Client
+	ordinal uint64
+}
+
+func newSession(c *Coordinator, id byte) *session {
+	return &session{c: c, client: group.Client{ID: "test", Host: "/127.0.0.1", Session: group.Session{id}}}
+}
+
+func (s *session) submit(body kmsg.Request) *answer {
+	s.ordinal++
+	return s.resubmit(body, s.ordinal)
+}
+
+func (s *session) resubmit(body kmsg.Request, ordinal uint64) *answer {
+	a := &answer{}
+	client := s.client
+	client.Ordinal = ordinal
+	s.c.Submit(&Request{Body: body, Client: client, Term: s.c.Status().Term, Done: func(r kmsg.Response, err error) {
+		a.response, a.err = r, err
+		a.calls++
+	}})
+	return a
+}
+
+func commit(topic string, offset int64) kmsg.Request {
+	r := kmsg.NewPtrOffsetCommitRequest()
+	r.Version, r.Group, r.Generation = 8, "g", -1
+	partition := kmsg.NewOffsetCommitRequestTopicPartition()
+	partition.Offset = offset
+	rt := kmsg.NewOffsetCommitRequestTopic()
+	rt.Topic, rt.Partitions = topic, append(rt.Partitions, partition)
+	r.Topics = append(r.Topics, rt)
+	return r
+}
+
+func fetch() kmsg.Request {
+	r := kmsg.NewPtrOffsetFetchRequest()
+	r.Version = 8
+	rg := kmsg.NewOffsetFetchRequestGroup()
+	rg.Group = "g"
+	rt := kmsg.NewOffsetFetchRequestGroupTopic()
+	rt.Topic, rt.Partitions = "orders", []int32{0}
+	rg.Topics = append(rg.Topics, rt)
+	r.Groups = append(r.Groups, rg)
+	return r
+}
+
+func TestCommitIsAnsweredOnceReplicated(t *testing.T) {
+	bubble(t, &onlyOrders{}, func(c *Coordinator, h *hand) {
+		s := newSession(c, 1)
+		committed := s.submit(commit("orders", 5))
+		e := h.mustTake()
+		committed.is(t, "parked")
+		if e.Term != 1 || e.Sequence != 1 {
+			t.Errorf("entry is (%d, %d), want (1, 1)", e.Term, e.Sequence)
+		}
+		h.applied(e)
+		committed.is(t, "NONE")
+	})
+}
+
+func TestFetchShowsNothingThatIsNotReplicated(t *testing.T) {
+	bubble(t, &onlyOrders{}, func(c *Coordinator, h *hand) {
+		s, other := newSession(c, 1), newSession(c, 2)
+		s.submit(commit("orders", 5))
+		fetched := other.submit(fetch())
+		e := h.mustTake()
+		fetched.is(t, "parked")
+		h.applied(e)
+		fetched.is(t, "5")
+	})
+}
+
+func TestFetchWaitsForAFenceThatBeganAfterIt(t *testing.T) {
+	bubble(t, &onlyOrders{}, func(c *Coordinator, h *hand) {
+		h.hold = true
+		s := newSession(c, 1)
+		first := s.submit(fetch())
+		synctest.Wait()
+		second := s.submit(fetch())
+		second.is(t, "parked")
+		h.fences[0](nil)
+		first.is(t, "-1")
+		second.is(t, "parked")
+		h.fences[1](nil)
+		second.is(t, "-1")
+	})
+}
+
+func TestRequestsThatComeMeanwhileShareAnEntry(t *testing.T) {
+	bubble(t, &onlyOrders{}, func(c *Coordinator, h *hand) {
+		s := newSession(c, 1)
+		s.submit(commit("orders", 1))
+		synctest.Wait()
+		for i := range 10 {
+			s.submit(commit("orders", int64(2+i)))
+		}
+		e := h.mustTake()
+		if len(e.Records) < 11 {
+			t.Errorf("the entry has %d records, want those of 11 commits", len(e.Records))
+		}
+		if _, more := h.take(); more {
+			t.Error("a second entry was offered")
+		}
+	})
+}
+
+// Schedule (g) of the next issue, seen from one coordinator: appends blocked, 100 speculative commits, deposed.
+func TestAnEndedActivationLeavesNothingBehind(t *testing.T) {
+	bubble(t, &onlyOrders{}, func(c *Coordinator, h *hand) {
+		s := newSession(c, 1)
+		s.submit(commit("orders", 5))
+		h.applied(h.mustTake())
+		var lost []*answer
+		for i := range 100 {
+			lost = append(lost, s.submit(commit("orders", int64(100+i))))
+			if i == 50 {
+				h.mustTake()
+			}
+		}
+		fetched := newSession(c, 2).submit(fetch())
+		h.event(replicate.Event{Kind: replicate.Inactive, Term: 1})
+		for _, a := range append(lost, fetched) {
+			a.is(t, ErrInactive.Error())
+		}
+		h.event(replicate.Event{Kind: replicate.Active, Term: 2})
+		again := newSession(c, 2).submit(fetch())
+		again.is(t, "5")
+		// The entry that was on its way is replicated after all, by the next leader: it counts as on every replica.
+	})
+}
+
+func TestAFailedAppendEndsTheTermForGood(t *testing.T) {
+	bubble(t, &onlyOrders{}, func(c *Coordinator, h *hand) {
+		s := newSession(c, 1)
+		committed := s.submit(commit("orders", 5))
+		e := h.mustTake()
+		h.event(replicate.Event{Kind: replicate.Failed, Term: 1, Sequence: e.Sequence, Err: errors.New("disk full")})
+		committed.is(t, ErrInactive.Error())
+		if len(h.resigned) != 1 || h.resigned[0] != 1 {
+			t.Errorf("resigned from %v, want [1]", h.resigned)
+		}
+		if c.Status().Active {
+			t.Error("still active in a term that has ended")
+		}
+		s.submit(commit("orders", 6)).is(t, ErrInactive.Error())
+	})
+}
+
+func TestAResentCommitIsExecutedOnce(t *testing.T) {
+	bubble(t, &onlyOrders{}, func(c *Coordinator, h *hand) {
+		s, newer := newSession(c, 1), newSession(c, 2)
+		lost := s.submit(commit("orders", 5))
+		e := h.mustTake()
+		h.event(replicate.Event{Kind: replicate.Inactive, Term: 1})
+		lost.is(t, ErrInactive.Error())
+		h.applied(e) // it was replicated, only its answer was lost
+		h.event(replicate.Event{Kind: replicate.Active, Term: 2})
+		newer.submit(commit("orders", 7))
+		h.applied(h.mustTake())
+		resent := s.resubmit(commit("orders", 5), 1)
+		resent.is(t, "NONE")
+		newer.submit(fetch()).is(t, "7")
+	})
+}
+
+func TestAnEntryOfSomebodyElseEndsTheActivation(t *testing.T) {
+	bubble(t, &onlyOrders{}, func(c *Coordinator, h *hand) {
+		s := newSession(c, 1)
+		committed := s.submit(commit("orders", 5))
+		e := h.mustTake()
+		e.Sequence = 9
+		h.applied(e)
+		committed.is(t, ErrInactive.Error())
+		if len(h.resigned) != 1 {
+			t.Errorf("resigned %v, want once", h.resigned)
+		}
+	})
+}
+
+func TestARequestForAnotherTermIsGivenBack(t *testing.T) {
+	bubble(t, &onlyOrders{}, func(c *Coordinator, h *hand) {
+		s := newSession(c, 1)
+		h.event(replicate.Event{Kind: replicate.Inactive, Term: 1})
+		h.event(replicate.Event{Kind: replicate.Active, Term: 2})
+		a := &answer{}
+		c.Submit(&Request{Body: commit("orders", 1), Client: s.client, Term: 1, Done: func(r kmsg.Response, err error) {
+			a.response, a.err = r, err
+			a.calls++
+		}})
+		a.is(t, ErrInactive.Error())
+	})
+}
+
+func TestCommitTimeoutIsRetriable(t *testing.T) {
+	bubble(t, &onlyOrders{}, func(c *Coordinator, h *hand) {
+		s := newSession(c, 1)
+		committed, fetched := s.submit(commit("orders", 5)), s.submit(fetch())
+		e := h.mustTake()
+		time.Sleep(5*time.Second - time.Millisecond)
+		committed.is(t, "parked")
+		time.Sleep(time.Millisecond)
+		committed.is(t, "COORDINATOR_NOT_AVAILABLE")
+		fetched.is(t, "NOT_COORDINATOR")
+		h.applied(e) // late: the outcome was unknown to the client, and is no second answer
+		committed.is(t, "COORDINATOR_NOT_AVAILABLE")
+		s.submit(fetch()).is(t, "5")
+	})
+}
+
+func TestASessionWaitsForItsTopicsAloneAndInOrder(t *testing.T) {
+	var pending []func(error)
+	topics := &onlyOrders{late: map[string]bool{}}
+	topics.refresh = func(done func(error)) { pending = append(pending, done) }
+	bubble(t, topics, func(c *Coordinator, h *hand) {
+		s, other := newSession(c, 1), newSession(c, 2)
+		first, second := s.submit(commit("new", 1)), s.submit(commit("orders", 2))
+		bystander := other.submit(commit("orders", 3))
+		h.applied(h.mustTake())
+		bystander.is(t, "NONE")
+		second.is(t, "parked")
+		topics.late["new"] = true
+		pending[0](nil)
+		h.applied(h.mustTake())
+		if e, more := h.take(); more {
+			h.applied(e)
+		}
+		first.is(t, "NONE")
+		second.is(t, "NONE")
+		other.submit(fetch()).is(t, "2")
+	})
+}
+
+func TestAnUnknownTopicIsRefusedUnlessTheUpstreamIsDown(t *testing.T) {
+	topics := &onlyOrders{}
+	bubble(t, topics, func(c *Coordinator, h *hand) {
+		s := newSession(c, 1)
+		s.submit(commit("nope", 1)).is(t, "UNKNOWN_TOPIC_OR_PARTITION")
+		topics.refresh = func(done func(error)) { done(errors.New("connection refused")) }
+		accepted := s.submit(commit("nope", 1))
+		h.applied(h.mustTake())
+		accepted.is(t, "NONE")
+	})
+}
+
+func TestAPausedProcessExpelsNobody(t *testing.T) {
+	bubble(t, &onlyOrders{}, func(c *Coordinator, h *hand) {
+		s := newSession(c, 1)
+		join := kmsg.NewPtrJoinGroupRequest()
+		join.Version, join.Group, join.ProtocolType = 3, "g", "consumer"
+		join.SessionTimeoutMillis, join.RebalanceTimeoutMillis = 10_000, 60_000
+		join.Protocols = []kmsg.JoinGroupRequestProtocol{{Name: "range"}}
+		joined := s.submit(join)
+		h.applied(h.mustTake())
+		joined.is(t, "NONE generation 1")
+		member := joined.response.(*kmsg.JoinGroupResponse).MemberID
+		sync := kmsg.NewPtrSyncGroupRequest()
+		sync.Version, sync.Group, sync.Generation, sync.MemberID = 3, "g", 1, member
+		sync.GroupAssignment = []kmsg.SyncGroupRequestGroupAssignment{{MemberID: member}}
+		synced := s.submit(sync)
+		h.applied(h.mustTake())
+		synced.is(t, "NONE")
+
+		// The loop stands still for a minute, as it does in a stopped process: here in a Done that blocks it.
+		c.Submit(&Request{Body: fetch(), Client: newSession(c, 2).client, Term: 1, Done: func(kmsg.Response, error) { time.Sleep(time.Minute) }})
+		time.Sleep(time.Minute)
+		heartbeat := kmsg.NewPtrHeartbeatRequest()
+		heartbeat.Version, heartbeat.Group, heartbeat.Generation, heartbeat.MemberID = 3, "g", 1, member
+		time.Sleep(5 * time.Second)
+		s.submit(heartbeat).is(t, "NONE")
+		time.Sleep(11 * time.Second)
+		if e, more := h.take(); more {
+			h.applied(e)
+		}
+		s.submit(heartbeat).is(t, "UNKNOWN_MEMBER_ID")
+	})
+}
+
+func TestABrokenInvariantEndsTheActivationAndKeepsTheLoop(t *testing.T) {
+	topics := &onlyOrders{}
+	bubble(t, topics, func(c *Coordinator, h *hand) {
+		s := newSession(c, 1)
+		broken := commit("orders", 1).(*kmsg.OffsetCommitRequest)
+		c.state = nil // as broken as it can be; the loop is parked in its select
+		a := s.submit(broken)
+		a.is(t, "UNKNOWN_SERVER_ERROR")
+		if len(h.resigned) != 1 {
+			t.Errorf("resigned %v, want once", h.resigned)
+		}
+		h.event(replicate.Event{Kind: replicate.Inactive, Term: 1})
+		h.event(replicate.Event{Kind: replicate.Active, Term: 2})
+		s.submit(fetch()).is(t, "-1")
+	})
+}
