@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -118,14 +119,24 @@ func bubble(t *testing.T, topics *onlyOrders, test func(c *Coordinator, h *hand)
 	})
 }
 
-// answer is what Done was called with; nil Done calls so far mean it is parked.
+// answer is what Done was called with; no call of Done so far means that the request is parked.
 type answer struct {
+	mu       sync.Mutex
 	response kmsg.Response
 	err      error
 	calls    int
 }
 
+func (a *answer) done(response kmsg.Response, err error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.response, a.err = response, err
+	a.calls++
+}
+
 func (a *answer) String() string {
+	a.mu.Lock()
+	defer a.mu.Unlock()
 	switch {
 	case a.calls == 0:
 		return "parked"
@@ -187,10 +198,7 @@ func (s *session) resubmit(body kmsg.Request, ordinal uint64) *answer {
 	a := &answer{}
 	client := s.client
 	client.Ordinal = ordinal
-	s.c.Submit(&Request{Body: body, Client: client, Term: s.c.Status().Term, Done: func(r kmsg.Response, err error) {
-		a.response, a.err = r, err
-		a.calls++
-	}})
+	s.c.Submit(&Request{Body: body, Client: client, Term: s.c.Status().Term, Done: a.done})
 	return a
 }
 
@@ -356,10 +364,7 @@ func TestARequestForAnotherTermIsGivenBack(t *testing.T) {
 		h.event(replicate.Event{Kind: replicate.Inactive, Term: 1})
 		h.event(replicate.Event{Kind: replicate.Active, Term: 2})
 		a := &answer{}
-		c.Submit(&Request{Body: commit("orders", 1), Client: s.client, Term: 1, Done: func(r kmsg.Response, err error) {
-			a.response, a.err = r, err
-			a.calls++
-		}})
+		c.Submit(&Request{Body: commit("orders", 1), Client: s.client, Term: 1, Done: a.done})
 		a.is(t, ErrInactive.Error())
 	})
 }
@@ -426,10 +431,10 @@ func TestAPausedProcessExpelsNobody(t *testing.T) {
 		h.applied(h.mustTake())
 		joined.is(t, "NONE generation 1")
 		member := joined.response.(*kmsg.JoinGroupResponse).MemberID
-		sync := kmsg.NewPtrSyncGroupRequest()
-		sync.Version, sync.Group, sync.Generation, sync.MemberID = 3, "g", 1, member
-		sync.GroupAssignment = []kmsg.SyncGroupRequestGroupAssignment{{MemberID: member}}
-		synced := s.submit(sync)
+		assign := kmsg.NewPtrSyncGroupRequest()
+		assign.Version, sync.Group, sync.Generation, sync.MemberID = 3, "g", 1, member
+		assign.GroupAssignment = []kmsg.SyncGroupRequestGroupAssignment{{MemberID: member}}
+		synced := s.submit(assign)
 		h.applied(h.mustTake())
 		synced.is(t, "NONE")
 
