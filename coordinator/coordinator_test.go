@@ -432,7 +432,7 @@ func TestAPausedProcessExpelsNobody(t *testing.T) {
 		joined.is(t, "NONE generation 1")
 		member := joined.response.(*kmsg.JoinGroupResponse).MemberID
 		assign := kmsg.NewPtrSyncGroupRequest()
-		assign.Version, sync.Group, sync.Generation, sync.MemberID = 3, "g", 1, member
+		assign.Version, assign.Group, assign.Generation, assign.MemberID = 3, "g", 1, member
 		assign.GroupAssignment = []kmsg.SyncGroupRequestGroupAssignment{{MemberID: member}}
 		synced := s.submit(assign)
 		h.applied(h.mustTake())
