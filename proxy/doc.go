@@ -1,0 +1,37 @@
+// Package proxy stands between Kafka clients and the upstream brokers: it owns the listeners, the client connections and
+// the order of their replies, and decides which request goes where.
+//
+// What it promises:
+//
+//   - A client needs one changed line, bootstrap.servers. There is one bootstrap listener and one for each upstream
+//     broker; node ids, cluster id and everything else are the upstream's own, only addresses are replaced by ours.
+//   - Whatever is not in the route table is passed on untouched, both ways.
+//   - Replies leave a connection in the order of its requests, whoever answers them. Group requests are handed to the
+//     coordinator when they are read, also while an older request waits for the upstream.
+//   - Every listener answers ApiVersions, FindCoordinator of groups and all group requests while its broker is down, and
+//     asks another broker for what any broker can answer.
+//
+// What it does not do: it never decodes records, retries nothing that a broker may have executed, and knows nothing of
+// raft or of the store; it is handed something that keeps small values ([Store]).
+//
+// # A connection
+//
+// Two goroutines serve a connection. readRequests alone reads the client and alone writes to the legs, the connection's
+// own connections to the upstream. writeReplies alone writes to the client and alone reads the legs. Between them lies
+// inflight, a bounded queue of slots, one for each request that will be answered:
+//
+//	client ─► readRequests ─┬─► leg (the listener's broker, or any other) ─┐
+//	                        ├─► session ─► coordinator ─────┐              │
+//	                        └─► inflight: ▢ ▢ ▢ ▢           ▼              ▼
+//	client ◄─────────────────────── writeReplies ◄── the oldest slot's answer
+//
+// A leg is dialled when it is first needed, in a goroutine of its own, so that nothing waits for a dead broker but what
+// was meant for it. A session holds the connection's group requests while no coordinator is active and sends them again
+// when there is one. Frames from 64 KiB on are moved by splice between TCP sockets; smaller ones go through one buffer,
+// several in one write where they lie ready.
+//
+// # Goroutines
+//
+// accept (a listener) · readRequests, writeReplies (a connection) · dial (a leg, until it is up) · probe (a broker that
+// is suspected to be down, until it answers) · keepListeners and resumeSessions (one each). All end with Shutdown.
+package proxy

@@ -1,0 +1,116 @@
+package proxy
+
+import (
+	"sync/atomic"
+	"time"
+
+	"github.com/twmb/franz-go/pkg/kmsg"
+)
+
+// slotKind says who answers a request.
+type slotKind uint8
+
+const (
+	slotAnswered slotKind = iota // response is the answer
+	slotCalled                   // the coordinator, through call
+	slotRelayed                  // a broker, through leg
+	slotVersions                 // we do, once leg knows what the upstream speaks
+)
+
+// slot is a request that has been read and not yet answered. It belongs to the reader until it is pushed, then to the
+// writer.
+type slot struct {
+	kind        slotKind
+	rewrite     bool // the reply holds addresses
+	repeatable  bool // asking twice does no harm, so it need not wait long for one broker
+	key         int16
+	version     int16
+	correlation int32
+	wait        time.Duration // how long the request itself lets the broker wait
+	response    kmsg.Response
+	call        *call
+	leg         *leg
+	request     []byte // the whole frame of a request that any broker can answer; else nil
+}
+
+// inflight is the queue of a connection's slots: a ring with one writer (readRequests pushes) and one reader
+// (writeReplies takes). Its size bounds what a client may have outstanding (--max-inflight).
+type inflight struct {
+	ring       []slot
+	head, tail atomic.Uint32 // taken, pushed
+	ended      atomic.Bool   // nothing more will be pushed
+
+	writerWaits atomic.Bool
+	wakeWriter  chan struct{} // capacity 1
+	readerWaits atomic.Bool
+	wakeReader  chan struct{} // capacity 1
+}
+
+func (q *inflight) init(size int) {
+	q.ring = make([]slot, size)
+	q.wakeWriter = make(chan struct{}, 1)
+	q.wakeReader = make(chan struct{}, 1)
+}
+
+func (q *inflight) len() int { return int(q.tail.Load() - q.head.Load()) }
+
+// reserve waits until there is room for one more slot; false when the connection closed meanwhile.
+func (q *inflight) reserve(closed <-chan struct{}) bool {
+	for q.len() == len(q.ring) {
+		q.readerWaits.Store(true)
+		if q.len() < len(q.ring) {
+			return true
+		}
+		select {
+		case <-q.wakeReader:
+		case <-closed:
+			return false
+		}
+	}
+	return true
+}
+
+// push adds a slot for which there is room. It does not wake the writer: there is time for that when the request is on
+// its way.
+func (q *inflight) push(s slot) {
+	tail := q.tail.Load()
+	q.ring[tail%uint32(len(q.ring))] = s
+	q.tail.Store(tail + 1)
+}
+
+// signal wakes the writer if it waits for a slot, an answer or a leg.
+func (q *inflight) signal() {
+	if q.writerWaits.Load() && q.writerWaits.Swap(false) {
+		select {
+		case q.wakeWriter <- struct{}{}:
+		default:
+		}
+	}
+}
+
+// end says that nothing more will be pushed.
+func (q *inflight) end() {
+	q.ended.Store(true)
+	q.signal()
+}
+
+// oldest gives the slot to be answered next, nil if there is none. It stays where it is until pop.
+func (q *inflight) oldest() *slot {
+	head := q.head.Load()
+	if head == q.tail.Load() {
+		return nil
+	}
+	return &q.ring[head%uint32(len(q.ring))]
+}
+
+func (q *inflight) pop() {
+	head := q.head.Load()
+	q.ring[head%uint32(len(q.ring))] = slot{}
+	q.head.Store(head + 1)
+	if q.readerWaits.Load() && q.readerWaits.Swap(false) {
+		select {
+		case q.wakeReader <- struct{}{}:
+		default:
+		}
+	}
+}

@@ -1,0 +1,376 @@
+package proxy
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"strconv"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/offset-sidecar/offset-sidecar/coordinator"
+	"github.com/offset-sidecar/offset-sidecar/tracing"
+	"github.com/offset-sidecar/offset-sidecar/upstream"
+)
+
+const (
+	loopback = "127.0.0.1"
+	// A session's record has a bit for each of 64 requests, so no connection may have more outstanding.
+	mostInflight = 64
+
+	acceptBackoffMin = 5 * time.Millisecond
+	acceptBackoffMax = time.Second
+
+	failureDelayMin = 250 * time.Millisecond // before a client is closed whose broker could not be dialled
+	failureDelayMax = 2 * time.Second
+
+	complaintInterval = 10 * time.Second // a line that has been logged is not repeated for so long
+	maxComplaints     = 256              // different lines remembered for that
+)
+
+// Config of a Proxy. Every field must be set, unless it says otherwise.
+type Config struct {
+	Listen          string        // bootstrap listener, HOST:PORT; port 0 makes every listener ephemeral
+	AdvertiseHost   string        // the host clients are told; may be empty if Listen is on loopback
+	Upstream        []string      // the upstream's bootstrap servers, HOST:PORT
+	MaxFrame        int32         // bytes of a request, and of a reply that has to be read
+	MaxGroupFrame   int32         // bytes of a group or offset request
+	MaxInflight     int           // requests of a connection that are read and not answered, at most 64
+	MaxConnections  int           // client connections
+	UpstreamTimeout time.Duration // without progress from the upstream, beyond the request's own wait
+	CommitTimeout   time.Duration // a write of the coordinator is answered within this time
+	Logger          *slog.Logger
+	Listener        func(network, addr string) (net.Listener, error)                  // nil: net.Listen
+	Dial            func(ctx context.Context, network, addr string) (net.Conn, error) // nil: a net.Dialer's
+}
+
+// Coordinator executes group and offset requests (coordinator.Coordinator).
+type Coordinator interface {
+	Submit(*coordinator.Request)
+	Status() coordinator.Status
+}
+
+// Upstream knows the upstream's brokers and topics (upstream.Client).
+type Upstream interface {
+	OnBrokers(func(upstream.Brokers))
+	Nudge()
+	Topic(name string) (id [16]byte, partitions int32, known bool)
+	TopicName(id [16]byte) (string, bool)
+}
+
+// Proxy serves Kafka clients. Its methods may be called from any goroutine.
+type Proxy struct {
+	config      Config
+	coordinator Coordinator
+	upstream    Upstream
+	store       Store
+	metrics     *tracing.Metrics
+	logger      *slog.Logger
+
+	listenHost    string
+	advertiseHost string
+	basePort      int // of the bootstrap listener; 0 if ports are ephemeral
+
+	ctx       context.Context
+	cancel    context.CancelFunc
+	running   sync.WaitGroup // every goroutine
+	bootstrap *listener
+	table     table
+	health    health
+	held      heldSessions
+	mover     mover
+	keeper    chan struct{} // capacity 1: there is something to bind again
+
+	mu    sync.Mutex
+	conns map[*conn]struct{}
+	left  chan struct{} // capacity 1: a client has gone
+
+	complaints struct {
+		sync.Mutex
+		at map[string]time.Time
+	}
+}
+
+// listener accepts the connections meant for one broker, or for none (anyNode).
+type listener struct {
+	node     int32
+	lns      []net.Listener
+	failures atomic.Int32 // dials failed in a row
+}
+
+func (l *listener) close() {
+	for _, ln := range l.lns {
+		_ = ln.Close()
+	}
+}
+
+// New makes a Proxy; Start binds its listeners.
+func New(config Config, c Coordinator, u Upstream, store Store, metrics *tracing.Metrics) *Proxy {
+	if config.Listener == nil {
+		config.Listener = net.Listen
+	}
+	if config.Dial == nil {
+		config.Dial = new(net.Dialer).DialContext
+	}
+	config.MaxInflight = min(max(config.MaxInflight, 1), mostInflight)
+	p := &Proxy{
+		config: config, coordinator: c, upstream: u, store: store, metrics: metrics, logger: config.Logger,
+		conns:  map[*conn]struct{}{},
+		left:   make(chan struct{}, 1),
+		keeper: make(chan struct{}, 1),
+		mover:  mover{splices: make(chan struct{}, maxSplices), metrics: metrics},
+	}
+	p.held.added = make(chan struct{}, 1)
+	p.complaints.at = map[string]time.Time{}
+	p.ctx, p.cancel = context.WithCancel(context.Background())
+	p.table.init(p)
+	return p
+}
+
+// Start binds the bootstrap listener and those of the brokers known from an earlier run, and serves. Listeners of other
+// brokers follow as they become known.
+func (p *Proxy) Start() error {
+	host, port, advertised, err := splitListen(p.config.Listen, p.config.AdvertiseHost)
+	if err != nil {
+		return err
+	}
+	p.listenHost, p.advertiseHost, p.basePort = host, advertised, port
+	if err := p.refuseLoop(); err != nil {
+		return err
+	}
+	lns, bound, err := p.bind(port)
+	if err != nil {
+		return fmt.Errorf("binding --listen %s: %w (another process may hold the port: stop it, or choose another)", p.config.Listen, err)
+	}
+	p.bootstrap = &listener{node: anyNode, lns: lns}
+	p.table.mu.Lock()
+	p.table.addOwn(lns)
+	p.table.mu.Unlock()
+	p.table.load()
+	p.upstream.OnBrokers(p.table.setBrokers)
+	p.running.Add(2)
+	go p.keepListeners()
+	go p.resumeSessions()
+	p.accept(p.bootstrap)
+	p.logger.Info("listening for clients", "addr", net.JoinHostPort(p.advertiseHost, strconv.Itoa(bound)))
+	return nil
+}
+
+// refuseLoop finds an --upstream that is our own bootstrap listener. Others of our ports are found when they are dialled.
+func (p *Proxy) refuseLoop() error {
+	for _, seed := range p.config.Upstream {
+		host, port, err := net.SplitHostPort(seed)
+		if err != nil || p.basePort == 0 || port != strconv.Itoa(p.basePort) {
+			continue
+		}
+		ctx, cancel := context.WithTimeout(p.ctx, time.Second)
+		ips, err := net.DefaultResolver.LookupIP(ctx, "ip", host)
+		cancel()
+		if err != nil {
+			continue
+		}
+		for _, ip := range ips {
+			own := net.ParseIP(p.listenHost)
+			if p.listenHost == loopback && ip.IsLoopback() || own != nil && own.Equal(ip) || own.IsUnspecified() && ip.IsLoopback() {
+				return fmt.Errorf("--upstream %s is this sidecar's own --listen %s: name the Kafka brokers there", seed, p.config.Listen)
+			}
+		}
+	}
+	return nil
+}
+
+// Addr is the address of the bootstrap listener; nil before Start.
+func (p *Proxy) Addr() net.Addr {
+	if p.bootstrap == nil {
+		return nil
+	}
+	return p.bootstrap.lns[0].Addr()
+}
+
+// Addrs gives the address under which clients reach each broker whose listener is bound, by node id.
+func (p *Proxy) Addrs() map[int32]string {
+	p.table.mu.RLock()
+	defer p.table.mu.RUnlock()
+	all := map[int32]string{}
+	for id, b := range p.table.brokers {
+		if b.listener != nil {
+			all[id] = net.JoinHostPort(p.advertiseHost, strconv.Itoa(b.port))
+		}
+	}
+	return all
+}
+
+// Clients gives the number of client connections.
+func (p *Proxy) Clients() int {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return len(p.conns)
+}
+
+// Shutdown serves on until the last client has gone or ctx is done: consumers commit and leave after they were told to
+// stop, which is often when we were. Then it closes everything and waits for all goroutines to end. The error is ctx's if
+// clients were still there.
+func (p *Proxy) Shutdown(ctx context.Context) error {
+	err := p.drain(ctx)
+	p.cancel()
+	if p.bootstrap != nil {
+		p.bootstrap.close()
+	}
+	p.table.mu.Lock()
+	for _, b := range p.table.brokers {
+		if b.listener != nil {
+			b.listener.close()
+		}
+	}
+	p.table.mu.Unlock()
+	p.mu.Lock()
+	for c := range p.conns {
+		c.close()
+	}
+	p.mu.Unlock()
+	p.running.Wait()
+	return err
+}
+
+func (p *Proxy) drain(ctx context.Context) error {
+	for {
+		n := p.Clients()
+		if n == 0 {
+			return nil
+		}
+		select {
+		case <-p.left:
+		case <-ctx.Done():
+			return fmt.Errorf("closing %d client connections: %w", n, ctx.Err())
+		}
+	}
+}
+
+// accept starts to accept on all addresses of a listener.
+func (p *Proxy) accept(l *listener) {
+	for _, ln := range l.lns {
+		p.running.Add(1)
+		go p.acceptFrom(l, ln)
+	}
+}
+
+func (p *Proxy) acceptFrom(l *listener, ln net.Listener) {
+	defer p.running.Done()
+	backoff := acceptBackoffMin
+	for {
+		client, err := ln.Accept()
+		switch {
+		case err == nil:
+			backoff = acceptBackoffMin
+			p.serve(l, client)
+		case errors.Is(err, net.ErrClosed) || p.ctx.Err() != nil || !isSyscall(err):
+			return
+		default: // out of file descriptors, or a client that has gone again
+			p.complain("accepting on %s: %v; trying again", ln.Addr(), err)
+			select {
+			case <-time.After(backoff):
+			case <-p.ctx.Done():
+			}
+			backoff = min(2*backoff, acceptBackoffMax)
+		}
+	}
+}
+
+// isSyscall tells failures of accept, which pass, from those of a listener that has ended.
+func isSyscall(err error) bool {
+	var op *net.OpError
+	return errors.As(err, &op)
+}
+
+func (p *Proxy) serve(l *listener, client net.Conn) {
+	p.mu.Lock()
+	if len(p.conns) >= p.config.MaxConnections || p.ctx.Err() != nil {
+		p.mu.Unlock()
+		_ = client.Close()
+		p.metrics.Add(tracing.ConnectionsRefused, 1)
+		p.complain("a client was turned away: there are %d connections already (--max-connections)", p.config.MaxConnections)
+		return
+	}
+	c := newConn(p, l, client)
+	p.conns[c] = struct{}{}
+	p.running.Add(2)
+	p.mu.Unlock()
+	p.metrics.Add(tracing.Connections, 1)
+	p.metrics.Add(tracing.ConnectionsOpen, 1)
+	go c.readRequests()
+	go c.writeReplies()
+}
+
+// gone is called once both goroutines of a connection have ended.
+func (p *Proxy) gone(c *conn) {
+	p.mu.Lock()
+	delete(p.conns, c)
+	p.mu.Unlock()
+	p.metrics.Add(tracing.ConnectionsOpen, -1)
+	select {
+	case p.left <- struct{}{}:
+	default:
+	}
+}
+
+// keepListeners binds ports that another process held and gives back those of brokers long gone.
+func (p *Proxy) keepListeners() {
+	defer p.running.Done()
+	again := time.Second
+	for {
+		timer := time.NewTimer(again)
+		select {
+		case <-timer.C:
+		case <-p.keeper:
+			timer.Stop()
+			again = time.Second
+			continue
+		case <-p.ctx.Done():
+			timer.Stop()
+			return
+		}
+		again = p.table.keep(time.Now())
+	}
+}
+
+func (p *Proxy) wakeKeeper() {
+	select {
+	case p.keeper <- struct{}{}:
+	default:
+	}
+}
+
+// complain logs a warning, the same one at most every ten seconds: whoever makes a mistake repeats it.
+func (p *Proxy) complain(format string, args ...any) {
+	line := fmt.Sprintf(format, args...)
+	now := time.Now()
+	p.complaints.Lock()
+	last, known := p.complaints.at[line]
+	if known && now.Sub(last) < complaintInterval {
+		p.complaints.Unlock()
+		return
+	}
+	if len(p.complaints.at) >= maxComplaints {
+		clear(p.complaints.at)
+	}
+	p.complaints.at[line] = now
+	p.complaints.Unlock()
+	p.logger.Warn(line)
+}
+
+// failureDelay says how long to wait before a client is closed whose broker cannot be reached; clients reset their own
+// back-off when a connection opens, so without it they would storm.
+func (l *listener) failureDelay() time.Duration {
+	return min(failureDelayMin<<min(max(l.failures.Load()-1, 0), 8), failureDelayMax)
+}
+
+func (l *listener) dialed(err error) {
+	if err == nil {
+		l.failures.Store(0)
+	} else {
+		l.failures.Add(1)
+	}
+}

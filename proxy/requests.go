@@ -1,0 +1,320 @@
+package proxy
+
+import (
+	"encoding/binary"
+	"errors"
+	"net"
+	"time"
+
+	"github.com/offset-sidecar/offset-sidecar/proxy/wire"
+	"github.com/offset-sidecar/offset-sidecar/tracing"
+	"github.com/twmb/franz-go/pkg/kmsg"
+)
+
+const (
+	endGrace      = 2 * time.Second // for what is outstanding when a client has ended its side or made a mistake
+	maxHeader     = 1 << 17         // bytes in which a request header must end: a client id has 32 KiB at most
+	maxRepeatable = 1 << 20         // bytes of a request that is kept to ask another broker
+)
+
+// readRequests reads the client until it ends its side or makes a mistake. What is outstanding is then still answered,
+// within reason.
+func (c *conn) readRequests() {
+	defer c.ended("readRequests")
+	defer c.in.release()
+	err := c.read()
+	c.report(err)
+	c.session.drop()
+	c.inflight.end()
+	grace := time.NewTimer(endGrace)
+	defer grace.Stop()
+	select {
+	case <-c.ctx.Done():
+	case <-grace.C:
+	}
+	c.close()
+}
+
+// report names a client's mistake in the log, once.
+func (c *conn) report(err error) {
+	var m *mistake
+	if !errors.As(err, &m) {
+		return
+	}
+	c.proxy.metrics.Mistake(m.kind)
+	host := c.client.RemoteAddr().String()
+	if h, _, err := net.SplitHostPort(host); err == nil {
+		host = h // without the port: lines of one client that tries again are the same
+	}
+	c.proxy.complain("client %s at %s: %s; its connection is closed", host, c.client.LocalAddr(), m.text)
+}
+
+func (c *conn) read() error {
+	for {
+		if err := c.readRequest(); err != nil {
+			return err
+		}
+	}
+}
+
+// readRequest reads one frame as far as it must, and sends it on its way.
+func (c *conn) readRequest() error {
+	if err := c.in.need(4); err != nil {
+		return err
+	}
+	size := int32(binary.BigEndian.Uint32(c.in.buffered()))
+	if size < 8 || size > c.proxy.config.MaxFrame {
+		return c.oddSize(size)
+	}
+	total := 4 + int(size)
+	h, err := c.header(total)
+	if err != nil {
+		return err
+	}
+	c.proxy.metrics.Request(h.APIKey)
+	if !served(h.APIKey, h.APIVersion) {
+		return blame(tracing.MistakeRequest, "%s version %d is not served", kmsg.NameForKey(h.APIKey), h.APIVersion)
+	}
+	r := routeOf(h.APIKey)
+	if r.action == pass || r.action == rewrite {
+		if !c.inflight.reserve(c.ctx.Done()) {
+			return net.ErrClosed
+		}
+		return c.relayRequest(h, r, total)
+	}
+	if size > c.proxy.config.MaxGroupFrame {
+		return blame(tracing.MistakeFrameSize, "a %s request of %d bytes, more than the %d that group requests may have", kmsg.NameForKey(h.APIKey), size, c.proxy.config.MaxGroupFrame)
+	}
+	if !c.inflight.reserve(c.ctx.Done()) {
+		return net.ErrClosed
+	}
+	frame, err := c.in.readWhole(total)
+	if err != nil {
+		return err
+	}
+	return c.answer(h, r, frame)
+}
+
+func (c *conn) oddSize(size int32) error {
+	first := c.in.buffered()[:4]
+	switch name := wire.Sniff(first); {
+	case name != "" && first[0] < ' ':
+		return blame(tracing.MistakeTLS, "speaks %s, but this port is plain: set security.protocol to PLAINTEXT", name)
+	case name != "":
+		return blame(tracing.MistakeHTTP, "speaks %s, but this is a Kafka port", name)
+	case size >= 0 && size < 8:
+		return blame(tracing.MistakeHeader, "a request of %d bytes, too short for a header", size)
+	}
+	return blame(tracing.MistakeFrameSize, "a request that claims %d bytes, of at most %d (--max-frame)", size, c.proxy.config.MaxFrame)
+}
+
+// header reads the request header, of which the frame's first bytes are usually enough.
+func (c *conn) header(total int) (wire.RequestHeader, error) {
+	for need := min(total, 64); ; need = min(total, 2*len(c.in.buffered())) {
+		if err := c.in.need(need); err != nil {
+			return wire.RequestHeader{}, err
+		}
+		have := c.in.buffered()
+		whole := len(have) >= total
+		h, err := wire.ParseRequestHeader(have[4:min(len(have), total)])
+		switch {
+		case err == nil:
+			return h, nil
+		case !errors.Is(err, wire.ErrShort):
+			return h, blame(tracing.MistakeHeader, "a request header that nobody can read: %v", err)
+		case whole || len(have) > maxHeader:
+			return h, blame(tracing.MistakeHeader, "a request of api key %d whose header does not end within the frame", h.APIKey)
+		}
+	}
+}
+
+// answer takes a request that does not go upstream, or only perhaps.
+func (c *conn) answer(h wire.RequestHeader, r route, frame []byte) error {
+	s := slot{key: h.APIKey, version: h.APIVersion, correlation: h.CorrelationID}
+	if h.APIKey == keyApiVersions {
+		return c.answerVersions(h, s, frame)
+	}
+	req, err := wire.DecodeRequest(h, frame[4:])
+	if err != nil {
+		return blame(tracing.MistakeRequest, "a request that Kafka would not read either: %v", err)
+	}
+	switch {
+	case r.action == coordinate:
+		s.kind = slotCalled
+		s.call = c.session.submit(req, h.ClientID)
+	case r.action == refuse:
+		s.response = refusal(req)
+	default:
+		find := req.(*kmsg.FindCoordinatorRequest)
+		if findsTransaction(find) {
+			return c.sendToAny(h, s, frame)
+		}
+		s.response = findGroup(find, c.proxy.table.place)
+	}
+	c.push(s)
+	return nil
+}
+
+func (c *conn) answerVersions(h wire.RequestHeader, s slot, frame []byte) error {
+	k := c.proxy.table.known(c.listener.node)
+	if k.upstream == nil { // never reached: wait for the dial, then say what we know
+		s.kind, s.request = slotVersions, frame
+		s.leg = c.ownLeg()
+		c.push(s)
+		return nil
+	}
+	resp, err := apiVersions(h, frame[4:], k)
+	if err != nil {
+		return blame(tracing.MistakeRequest, "a request that Kafka would not read either: %v", err)
+	}
+	s.response = resp
+	c.push(s)
+	return nil
+}
+
+func (c *conn) push(s slot) {
+	c.inflight.push(s)
+	c.inflight.signal()
+}
+
+// relayRequest sends a request upstream.
+func (c *conn) relayRequest(h wire.RequestHeader, r route, total int) error {
+	s := slot{
+		kind: slotRelayed, key: h.APIKey, version: h.APIVersion, correlation: h.CorrelationID,
+		rewrite: r.action == rewrite && (h.APIKey != keyProduce || h.APIVersion >= 10),
+	}
+	silent, err := c.readWait(h, total, &s)
+	if err != nil {
+		return err
+	}
+	if total > maxRepeatable || total > largeBuffer && r.bound {
+		return c.relayLarge(s, total, silent)
+	}
+	if !r.bound || h.APIKey == 22 || h.APIKey == 32 || h.APIKey == 33 || h.APIKey == 44 {
+		frame, err := c.in.readWhole(total)
+		if err != nil {
+			return err
+		}
+		if !isBound(h, frame[4:]) {
+			return c.sendToAny(h, s, frame)
+		}
+		return c.sendOwn(s, frame, false)
+	}
+	if total >= spliceFrom {
+		return c.relayLarge(s, total, silent)
+	}
+	if err := c.in.need(total); err != nil {
+		return err
+	}
+	if h.APIKey == 17 || h.APIKey == 36 {
+		c.passed = true
+	}
+	err = c.sendOwn(s, c.in.buffered()[:total], silent)
+	c.in.take(total)
+	return err
+}
+
+// readWait looks into a request for how long the broker may take, and whether it will answer at all.
+func (c *conn) readWait(h wire.RequestHeader, total int, s *slot) (silent bool, err error) {
+	if h.APIKey != keyProduce && h.APIKey != keyFetch {
+		return false, nil
+	}
+	for need := min(total, 4+h.Length+8); ; need = min(total, 2*len(c.in.buffered())) {
+		if err := c.in.need(need); err != nil {
+			return false, err
+		}
+		have := c.in.buffered()
+		whole := len(have) >= total
+		body := have[4+h.Length : min(len(have), total)]
+		if h.APIKey == keyFetch {
+			if h.APIVersion < 15 && len(body) >= 4 { // the replica id comes first
+				body = body[4:]
+			}
+			if len(body) >= 4 {
+				s.wait = time.Duration(max(int32(binary.BigEndian.Uint32(body)), 0)) * time.Millisecond
+			}
+			return false, nil
+		}
+		acks, err := wire.ProduceAcks(h.APIVersion, body)
+		switch {
+		case err == nil:
+			return acks == 0, nil
+		case !errors.Is(err, wire.ErrShort) || whole || len(have) > maxHeader:
+			return false, blame(tracing.MistakeRequest, "a Produce request without acks: %v", err)
+		}
+	}
+}
+
+// sendOwn sends a small frame to the listener's broker.
+func (c *conn) sendOwn(s slot, frame []byte, silent bool) error {
+	s.leg = c.ownLeg()
+	return c.send(s, frame, silent)
+}
+
+// sendToAny sends a request that any broker can answer to one that is likely to.
+func (c *conn) sendToAny(h wire.RequestHeader, s slot, frame []byte) error {
+	s.kind = slotRelayed
+	if !c.passed {
+		s.request = frame
+	}
+	switch h.APIKey {
+	case keyFindCoordinator, 3, 60, 75:
+		s.repeatable = true
+	}
+	s.rewrite = s.repeatable && h.APIKey != 75
+	s.leg = c.anyLeg()
+	return c.send(s, frame, false)
+}
+
+func (c *conn) send(s slot, frame []byte, silent bool) error {
+	if silent {
+		return c.sendSilent(s.leg, frame)
+	}
+	s.leg.outstanding.Add(1)
+	c.inflight.push(s)
+	err := s.leg.send(frame, c.ctx.Done())
+	c.proxy.metrics.Add(tracing.CopiedBytes, int64(len(frame)))
+	c.inflight.signal()
+	if err != nil {
+		s.leg.broken.Store(true)
+	}
+	return nil // the writer finds out by itself, and may know what to do
+}
+
+// sendSilent sends a request without a reply; if it cannot be sent, the client is told as by a broker, with a close.
+func (c *conn) sendSilent(l *leg, frame []byte) error {
+	c.proxy.metrics.Add(tracing.CopiedBytes, int64(len(frame)))
+	if err := l.send(frame, c.ctx.Done()); err != nil {
+		return err
+	}
+	select {
+	case <-l.ready:
+		return l.err
+	default:
+		return nil
+	}
+}
+
+// relayLarge moves a large request to the listener's broker.
+func (c *conn) relayLarge(s slot, total int, silent bool) error {
+	l := c.ownLeg()
+	s.leg = l
+	if !silent {
+		l.outstanding.Add(1)
+		c.push(s)
+	}
+	if !l.wait(c.ctx.Done()) {
+		return errUnsent
+	}
+	l.writeBy.exactly(time.Time{})
+	progress := func() { l.sent.Store(time.Now().UnixNano()) }
+	err := c.proxy.mover.move(l.conn, &c.in, total, progress, progress)
+	l.used = time.Now()
+	if err != nil {
+		l.broken.Store(true)
+	}
+	return err
+}
+
+// errUnsent ends a connection whose broker cannot be reached, after the replies that come before.
+var errUnsent = errors.New("the upstream cannot be reached")
