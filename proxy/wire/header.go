@@ -78,10 +78,15 @@ func ProduceAcks(version int16, body []byte) (int16, error) {
 	return acks, r.err
 }
 
+// maxUnchecked bounds the requests that are decoded without having been walked over: kmsg makes room for as many
+// elements as are claimed, if only the frame has as many bytes.
+const maxUnchecked = 256 << 10
+
 // DecodeRequest decodes the body of a request; h is what ParseRequestHeader gave for this same frame. Group requests
 // are checked as strictly as Kafka does first ([kmsg] reads null arrays and bytes as empty ones). Byte slices in the
 // request are parts of the frame, strings are not: the frame must not be written to again, and who keeps such a slice
-// for long should copy it. Bytes after the last field are ignored, as Kafka does.
+// for long should copy it. Bytes after the last field are ignored, as Kafka does. Of requests that are not a group's, no
+// more than 256 KiB are decoded.
 func DecodeRequest(h RequestHeader, frame []byte) (kmsg.Request, error) {
 	req := kmsg.RequestForKey(h.APIKey)
 	if req == nil || h.APIVersion > req.MaxVersion() {
@@ -94,6 +99,8 @@ func DecodeRequest(h RequestHeader, frame []byte) (kmsg.Request, error) {
 		if r.err != nil {
 			return nil, fmt.Errorf("%s version %d: %w at byte %d of %d", kmsg.NameForKey(h.APIKey), h.APIVersion, r.err, h.Length+r.at, len(frame))
 		}
+	} else if len(body) > maxUnchecked {
+		return nil, fmt.Errorf("%s version %d: %w: %d bytes, more than %d", kmsg.NameForKey(h.APIKey), h.APIVersion, ErrMalformed, len(body), maxUnchecked)
 	}
 	req.SetVersion(h.APIVersion)
 	if err := req.ReadFrom(body); err != nil {

@@ -22,8 +22,7 @@ type place struct {
 	at, end  int // host and port, the host's length included
 	host     []byte
 	port     int32
-	rack     []byte
-	hasRack  bool
+	rack     []byte // nil for none
 	flexible bool
 }
 
@@ -51,8 +50,7 @@ func MaxRewritten(key int16) (version int16, known bool) {
 // RewriteResponse replaces each broker's address in a reply by ours. The frame begins with the response header; it is
 // not changed, and is itself returned when it names no broker. On any error the reply must not be sent.
 func RewriteResponse(key, version int16, frame []byte, adv Advertise) ([]byte, error) {
-	var room [8]place
-	found := addresses{places: room[:0]}
+	var found addresses
 	if err := found.find(key, version, frame); err != nil {
 		return nil, fmt.Errorf("rewriting response of api key %d, version %d: %w", key, version, err)
 	}
@@ -60,11 +58,7 @@ func RewriteResponse(key, version int16, frame []byte, adv Advertise) ([]byte, e
 		return frame, nil
 	}
 	out := make([]byte, 0, len(frame)+32*len(found.places))
-	done, inTag := 0, 0
-	if found.sizeEnd > 0 {
-		done = found.sizeEnd
-		inTag = found.sizeEnd
-	}
+	done := found.sizeEnd // what comes before is put in front at the end
 	for i := range found.places {
 		p := &found.places[i]
 		host, port, ok := adv(p.id)
@@ -81,12 +75,11 @@ func RewriteResponse(key, version int16, frame []byte, adv Advertise) ([]byte, e
 		out = binary.BigEndian.AppendUint32(out, uint32(port))
 		done = p.end
 	}
-	if inTag == 0 {
+	if found.sizeEnd == 0 {
 		return append(out, frame[done:]...), nil
 	}
 	out = append(out, frame[done:found.tagEnd]...)
-	whole := make([]byte, 0, len(frame)+len(out)-(found.tagEnd-inTag)+5)
-	whole = append(whole, frame[:found.sizeAt]...)
+	whole := append(make([]byte, 0, len(frame)+len(out)), frame[:found.sizeAt]...)
 	whole = binary.AppendUvarint(whole, uint64(len(out)))
 	whole = append(whole, out...)
 	return append(whole, frame[found.tagEnd:]...), nil
@@ -95,15 +88,14 @@ func RewriteResponse(key, version int16, frame []byte, adv Advertise) ([]byte, e
 // Endpoints lists the brokers that a reply names, as the upstream sees them, of the same keys and versions as
 // [RewriteResponse]: listeners for them can be opened before the reply is sent.
 func Endpoints(key, version int16, frame []byte) ([]Endpoint, error) {
-	var room [8]place
-	found := addresses{places: room[:0]}
+	var found addresses
 	if err := found.find(key, version, frame); err != nil {
 		return nil, fmt.Errorf("reading response of api key %d, version %d: %w", key, version, err)
 	}
 	var all []Endpoint
 	for _, p := range found.places {
 		e := Endpoint{ID: p.id, Host: string(p.host), Port: p.port}
-		if p.hasRack {
+		if p.rack != nil {
 			rack := string(p.rack)
 			e.Rack = &rack
 		}
@@ -122,7 +114,7 @@ func (a *addresses) find(key, version int16, frame []byte) error {
 	r.skipTags()
 	switch key {
 	case 0:
-		if version >= 10 { // KIP-951
+		if version >= 9 { // KIP-951 has them from 10 on, but kmsg reads and writes the tag in 9 as well
 			a.findProduce(r, version)
 		}
 	case 3:
@@ -135,22 +127,19 @@ func (a *addresses) find(key, version int16, frame []byte) error {
 	return r.err
 }
 
-// place reads id, host and port. Where the upstream has no broker to name it gives an empty host.
-func (a *addresses) place(r *reader) *place {
+// place reads id, host and port, and a rack if there is one. An empty host names no broker: that is how a coordinator
+// is given that cannot be found.
+func (a *addresses) place(r *reader, rack bool) {
 	p := place{id: r.int32(), at: r.at, flexible: r.flexible}
 	p.host = r.string(false)
 	p.port = r.int32()
 	p.end = r.at
+	if rack {
+		p.rack = r.string(true)
+	}
 	if r.err == nil && len(p.host) > 0 {
 		a.places = append(a.places, p)
-		return &a.places[len(a.places)-1]
 	}
-	return &place{}
-}
-
-func (p *place) readRack(r *reader) {
-	p.rack = r.string(true)
-	p.hasRack = p.rack != nil
 }
 
 func (a *addresses) findMetadata(r *reader, version int16) {
@@ -158,10 +147,7 @@ func (a *addresses) findMetadata(r *reader, version int16) {
 		r.skip(4) // throttle time
 	}
 	for n := r.arrayLen(false); n > 0 && r.err == nil; n-- {
-		p := a.place(r)
-		if version >= 1 {
-			p.readRack(r)
-		}
+		a.place(r, version >= 1)
 		r.skipTags()
 	}
 }
@@ -175,12 +161,12 @@ func (a *addresses) findCoordinators(r *reader, version int16) {
 		if version >= 1 {
 			r.skipString(true)
 		}
-		a.place(r)
+		a.place(r, false)
 		return
 	}
 	for n := r.arrayLen(false); n > 0 && r.err == nil; n-- {
 		r.skipString(false) // the key
-		a.place(r)
+		a.place(r, false)
 		r.skip(2) // error code
 		r.skipString(true)
 		r.skipTags()
@@ -202,8 +188,7 @@ func (a *addresses) findCluster(r *reader, version int16) {
 			r.fail(ErrUnknownNode)
 			return
 		}
-		p := a.place(r)
-		p.readRack(r)
+		a.place(r, true)
 		if version >= 2 {
 			r.skip(1) // is fenced
 		}
@@ -247,7 +232,7 @@ func (a *addresses) findProduce(r *reader, version int16) {
 		}
 		a.sizeAt, a.sizeEnd, a.tagEnd = sizeAt, sizeEnd, sizeEnd+size
 		for n := r.arrayLen(false); n > 0 && r.err == nil; n-- {
-			a.place(r).readRack(r)
+			a.place(r, true)
 			r.skipTags()
 		}
 		if r.err == nil && r.at != a.tagEnd {
