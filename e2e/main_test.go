@@ -27,6 +27,10 @@ var (
 
 func TestMain(m *testing.M) {
 	flag.Parse()
+	// Parallel subtests mostly wait for each other's clients: the number of cores says nothing about them.
+	if err := flag.Set("test.parallel", "32"); err != nil {
+		panic(err)
+	}
 	code := m.Run()
 	for _, k := range clusters {
 		k.Stop()

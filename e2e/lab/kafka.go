@@ -276,3 +276,10 @@ func (k *Kafka) Stop() {
 	}
 	_ = os.RemoveAll(k.config.Dir)
 }
+
+// Remove kills a broker that Add started and waits until the others have forgotten it.
+func (k *Kafka) Remove(b *Broker) error {
+	b.Kill()
+	k.Brokers = slices.DeleteFunc(k.Brokers, func(o *Broker) bool { return o == b })
+	return k.Ready(60 * time.Second)
+}
