@@ -27,7 +27,7 @@ func TestTransactions(t *testing.T) {
 			code, err := p.Wait(60 * time.Second)
 			check(t, err)
 			lines := p.Lines()
-			if code != 0 || !slices.Contains(lines, "committed") || !slices.Contains(lines, "aborted") {
+			if code != 0 || !slices.Contains(lines, "commit ended") || !slices.Contains(lines, "abort ended") {
 				t.Fatalf("transactions without offsets failed (exit status %d):\n%s", code, p.Tail(30))
 			}
 			got := 0

@@ -30,6 +30,7 @@ type KafkaConfig struct {
 	Dir     string            // of its data and logs
 	Props   map[string]string // more broker properties
 	Heap    string            // "" is 512m, or 320m each for several
+	Tuned   bool              // with a server's compiler and collector: for measurements
 }
 
 // Kafka is a running cluster. Its brokers may be stopped and started one by one.
@@ -144,9 +145,12 @@ func (b *Broker) Start() error {
 			return err
 		}
 	}
+	args := k.paths.Java(k.config.Version, k.config.Heap, "kafka.Kafka", file)
+	if k.config.Tuned {
+		args = k.paths.java(k.config.Version, k.config.Heap, []string{"-XX:+UseG1GC"}, []string{"kafka.Kafka", file})
+	}
 	var err error
-	b.Process, err = StartProcess(fmt.Sprintf("kafka-%d", b.ID), nil, "java",
-		k.paths.Java(k.config.Version, k.config.Heap, "kafka.Kafka", file)...)
+	b.Process, err = StartProcess(fmt.Sprintf("kafka-%d", b.ID), nil, "java", args...)
 	return err
 }
 

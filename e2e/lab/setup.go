@@ -36,9 +36,15 @@ func (p Paths) Jars(version string) string {
 	return filepath.Join(p.Cache, "kafka-"+version) + "/*"
 }
 
-// Java is a java command for a class of Kafka's, or of ours, with a small heap.
+// Java is a java command for a class of Kafka's, or of ours, that starts fast and stays small.
 func (p Paths) Java(version, heap string, args ...string) []string {
-	return append([]string{"-Xmx" + heap, "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1",
-		"-Dlog4j2.configurationFile=" + filepath.Join(p.Root, "e2e", "kafka", "log4j2.properties"),
-		"-cp", filepath.Join(p.Cache, "java") + ":" + p.Jars(version)}, args...)
+	return p.java(version, heap, []string{"-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1"}, args)
+}
+
+// java is Java with the virtual machine's own choice of options.
+func (p Paths) java(version, heap string, options, args []string) []string {
+	all := append([]string{"-Xmx" + heap}, options...)
+	all = append(all, "-Dlog4j2.configurationFile="+filepath.Join(p.Root, "e2e", "kafka", "log4j2.properties"),
+		"-cp", filepath.Join(p.Cache, "java")+":"+p.Jars(version))
+	return append(all, args...)
 }

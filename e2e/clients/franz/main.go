@@ -183,7 +183,7 @@ func transact(bootstrap, topic, group string) error {
 		if err := cl.EndTransaction(ctx, try); err != nil {
 			return err
 		}
-		fmt.Println(end + "ed")
+		fmt.Println(end, "ended")
 	}
 	for n := 0; n < 10; {
 		fetches := sess.PollFetches(ctx)

@@ -107,7 +107,7 @@ public class Driver {
         for (int i = 0; i < 10; i++) producer.send(new ProducerRecord<>(topic, end + i, end));
         producer.flush();
         if (end.equals("commit")) producer.commitTransaction(); else producer.abortTransaction();
-        say(end + "ed");
+        say(end + " ended");
       }
       p.put("group.id", group);
       p.put("group.protocol", "classic");
