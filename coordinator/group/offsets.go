@@ -318,7 +318,7 @@ func (s *State) fetchAll(in *Input, version int16, g *group) []kmsg.OffsetFetchR
 		}
 		for _, o := range offsets.list {
 			p := kmsg.OffsetFetchResponseGroupTopicPartition{Partition: o.partition}
-			if fillFetched(&p, o.value, [16]byte{}, current); p.Offset != -1 || p.LeaderEpoch != -1 || current == [16]byte{} {
+			if fillFetched(&p, o.value, [16]byte{}, current) {
 				t.Partitions = append(t.Partitions, p)
 			}
 		}
@@ -335,21 +335,22 @@ var noMetadata string
 // fillFetched fills in a stored offset, unless it is another topic's: asked by id, one that was committed to another id
 // (isMismatchedTopicId); and whatever it was asked by, one committed while the upstream was known to give the topic
 // another id than now, so that a topic made anew does not begin in its middle. (Kafka tombstones the offsets of a
-// deleted topic; nobody tells us.)
-func fillFetched(p *kmsg.OffsetFetchResponseGroupTopicPartition, value []byte, asked, current [16]byte) {
+// deleted topic; nobody tells us.) It reports whether there is an offset to show.
+func fillFetched(p *kmsg.OffsetFetchResponseGroupTopicPartition, value []byte, asked, current [16]byte) bool {
 	p.Offset, p.LeaderEpoch, p.Metadata = -1, -1, &noMetadata
 	if value == nil {
-		return
+		return false
 	}
 	c, ok := decodeOffset(value)
 	if !ok || c.hidden(asked, current) {
-		return
+		return false
 	}
 	p.Offset, p.LeaderEpoch = c.offset, c.leaderEpoch
 	if len(c.metadata) > 0 {
 		m := string(c.metadata)
 		p.Metadata = &m
 	}
+	return true
 }
 
 func (c *committedOffset) hidden(asked, current [16]byte) bool {
