@@ -1,0 +1,122 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"strconv"
+	"time"
+
+	"github.com/offset-sidecar/offset-sidecar/admin"
+)
+
+// probe is what the HTTP servers ask of this sidecar.
+func (s *Sidecar) probe() admin.Probe {
+	return admin.Probe{
+		Started: func() []admin.Check { return []admin.Check{s.checkListeners()} },
+		Ready: func() []admin.Check {
+			return []admin.Check{s.checkListeners(), s.checkDraining(), s.checkCoordinator(), s.checkUpstream()}
+		},
+		Alive:   s.coordinatorAlive,
+		Status:  func() any { return s.Status() },
+		Metrics: s.telemetry,
+	}
+}
+
+// checkListeners is well as long as this process serves: the listeners are bound before and closed after the pages.
+func (s *Sidecar) checkListeners() admin.Check {
+	return admin.Check{Name: "listeners", OK: true, Decides: true, Detail: "clients connect to " + s.Addr()}
+}
+
+func (s *Sidecar) checkDraining() admin.Check {
+	c := admin.Check{Name: "not draining", OK: !s.draining.Load(), Decides: true}
+	if !c.OK {
+		c.Detail = "the sidecar is stopping and waits for its clients to go"
+	}
+	return c
+}
+
+func (s *Sidecar) checkCoordinator() admin.Check {
+	status := s.coordinator.Status()
+	c := admin.Check{Name: "coordinator", OK: status.Active, Detail: fmt.Sprintf("active in term %d", status.Term)}
+	if !c.OK {
+		c.Detail = "not active: group calls wait"
+	}
+	return c
+}
+
+func (s *Sidecar) checkUpstream() admin.Check {
+	known := s.upstream.Brokers()
+	if len(known.Brokers) == 0 {
+		return admin.Check{Name: "upstream", Detail: "has not been reached yet"}
+	}
+	return admin.Check{Name: "upstream", OK: true, Detail: fmt.Sprintf("%d brokers, last asked %v ago", len(known.Brokers), time.Since(known.At).Round(time.Second))}
+}
+
+// coordinatorAlive is the check of /livez: only a restart brings back a coordinator whose loop has ended.
+func (s *Sidecar) coordinatorAlive() error {
+	if err := s.coordinatorErr(); err != nil {
+		return errors.New("the coordinator has stopped: " + err.Error())
+	}
+	s.coordinator.Status()
+	return nil
+}
+
+// Status is what /status shows.
+type Status struct {
+	Version       string            `json:"version"`
+	Cluster       string            `json:"cluster"`
+	NodeID        string            `json:"node_id"`
+	UptimeSeconds int64             `json:"uptime_seconds"`
+	DataDir       string            `json:"data_dir"`
+	Active        bool              `json:"active"`
+	Term          uint64            `json:"term"`
+	Draining      bool              `json:"draining"`
+	Listen        string            `json:"listen"`
+	HTTP          string            `json:"http"`
+	Admin         string            `json:"admin"`
+	Upstream      UpstreamStatus    `json:"upstream"`
+	Settings      map[string]string `json:"settings"`
+	Metrics       map[string]int64  `json:"metrics"`
+}
+
+// UpstreamStatus is what is known of the upstream.
+type UpstreamStatus struct {
+	Seeds     []string          `json:"seeds"`
+	ClusterID string            `json:"cluster_id"`
+	Brokers   []BrokerStatus    `json:"brokers"`
+	AskedAt   *time.Time        `json:"asked_at,omitempty"`
+	Listeners map[string]string `json:"listeners"` // by node id
+}
+
+// BrokerStatus is one upstream broker.
+type BrokerStatus struct {
+	ID   int32  `json:"id"`
+	Addr string `json:"addr"`
+}
+
+// Status describes the sidecar as it is now.
+func (s *Sidecar) Status() Status {
+	active, known := s.coordinator.Status(), s.upstream.Brokers()
+	up := UpstreamStatus{Seeds: s.config.Upstream.Seeds, ClusterID: known.ClusterID, Brokers: []BrokerStatus{}, Listeners: map[string]string{}}
+	if !known.At.IsZero() {
+		up.AskedAt = &known.At
+	}
+	for _, b := range known.Brokers {
+		up.Brokers = append(up.Brokers, BrokerStatus{b.ID, fmt.Sprintf("%s:%d", b.Host, b.Port)})
+	}
+	addrs := s.proxy.Addrs()
+	for _, id := range slices.Sorted(maps.Keys(addrs)) {
+		up.Listeners[strconv.Itoa(int(id))] = addrs[id]
+	}
+	settings := map[string]string{}
+	for name, o := range s.config.origins {
+		settings[name] = o.value
+	}
+	return Status{
+		Version: versionText(), Cluster: s.config.Cluster, NodeID: s.node.ID(), UptimeSeconds: int64(time.Since(s.opened).Seconds()),
+		DataDir: s.config.DataDir, Active: active.Active, Term: active.Term, Draining: s.draining.Load(),
+		Listen: s.Addr(), HTTP: addrOf(s.health), Admin: addrOf(s.pages), Upstream: up, Settings: settings, Metrics: s.metrics.Snapshot(),
+	}
+}
