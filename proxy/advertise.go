@@ -172,6 +172,9 @@ func (t *table) learn(endpoints []wire.Endpoint) {
 
 // add is called with mu held.
 func (t *table) add(endpoints []wire.Endpoint) (changed bool) {
+	if t.proxy.ctx.Err() != nil {
+		return false // shutting down: no more listeners
+	}
 	now := time.Now()
 	endpoints = slices.SortedFunc(slices.Values(endpoints), func(a, b wire.Endpoint) int { return cmp.Compare(a.ID, b.ID) })
 	for _, e := range endpoints {

@@ -78,6 +78,14 @@ func (c *conn) close() {
 	}
 }
 
+// pause waits, but not longer than the connection lives.
+func (c *conn) pause(d time.Duration) {
+	select {
+	case <-time.After(d):
+	case <-c.ctx.Done():
+	}
+}
+
 // ended is deferred by both goroutines. A panic closes this connection and nothing else.
 func (c *conn) ended(who string) {
 	if broken := recover(); broken != nil {
@@ -86,18 +94,25 @@ func (c *conn) ended(who string) {
 	}
 	if c.ends.Add(1) == 2 {
 		c.session.drop()
+		c.proxy.metrics.Add(tracing.RequestsInFlight, -int64(c.inflight.len()))
 		c.proxy.gone(c)
 	}
 	c.proxy.running.Done()
 }
 
-// ownLeg gives the leg to the listener's broker, dialling it if need be. What the client's own SASL opened cannot be
-// opened again without it: a leg that has ended is then given as it is, and ends the connection.
-func (c *conn) ownLeg() *leg {
-	if c.own == nil || c.own.dead() && !c.passed {
-		c.own = c.replace(c.own, c.ownAddrs())
+// ownLeg gives the leg to the listener's broker, dialling it if need be. One that the client's own SASL has opened cannot
+// be opened again without it, nor may one on which unanswered requests were sent end without the client's noticing.
+func (c *conn) ownLeg() (*leg, error) {
+	if c.own != nil {
+		if !c.own.dead() {
+			return c.own, nil
+		}
+		if c.passed || c.own.silent.Load() {
+			return nil, errLegEnded
+		}
 	}
-	return c.own
+	c.own = c.replace(c.own, c.ownAddrs())
+	return c.own, nil
 }
 
 func (c *conn) ownAddrs() []string {
@@ -111,14 +126,14 @@ func (c *conn) ownAddrs() []string {
 }
 
 // anyLeg gives the leg for what any broker can answer: our own while that seems well, else one to another broker.
-func (c *conn) anyLeg() *leg {
+func (c *conn) anyLeg() (*leg, error) {
 	own := c.proxy.table.addrOf(c.listener.node)
 	if c.passed || !c.suspectLeg(c.own) && !c.proxy.health.suspected(own) {
 		return c.ownLeg()
 	}
 	if c.listener.node == anyNode {
 		c.own = c.replace(c.own, c.ownAddrs())
-		return c.own
+		return c.own, nil
 	}
 	if c.other == nil || c.other.dead() || c.suspectLeg(c.other) {
 		others := c.proxy.table.others(own, int(c.session.client.Session[0]))
@@ -127,7 +142,7 @@ func (c *conn) anyLeg() *leg {
 		}
 		c.other = c.replace(c.other, others)
 	}
-	return c.other
+	return c.other, nil
 }
 
 // suspectLeg says whether a leg leads to a broker that is suspected to be down.
@@ -140,12 +155,7 @@ func (c *conn) replace(old *leg, addrs []string) *leg {
 	if old != nil && old.outstanding.Load() == 0 {
 		old.close()
 	}
-	onDial := func(err error) {
-		if c.ctx.Err() == nil {
-			c.listener.dialed(err)
-		}
-	}
-	l := c.proxy.newLeg(c.ctx, addrs, c.inflight.signal, onDial)
+	l := c.newLeg(addrs)
 	c.mu.Lock()
 	c.legs = slices.DeleteFunc(c.legs, (*leg).finished)
 	c.legs = append(c.legs, l)

@@ -35,7 +35,7 @@ var (
 // reads the replies.
 type leg struct {
 	proxy *Proxy
-	wake  func()
+	owner *conn
 	ready chan struct{} // closed when the dial has ended
 	up    atomic.Bool   // set before that if it went well
 	// broken is set when reading or writing has failed.
@@ -49,6 +49,9 @@ type leg struct {
 	pending []byte
 	closed  bool
 
+	// silent is set when a request without a reply was sent: a broker tells its failure by closing the connection, so the
+	// client must be told of the leg's end in the same way.
+	silent      atomic.Bool
 	outstanding atomic.Int32 // sent and not yet relayed
 	sent        atomic.Int64 // Unix nanoseconds of the last progress in sending
 
@@ -63,31 +66,44 @@ type leg struct {
 }
 
 // newLeg begins to dial the first of these addresses that answers.
-func (p *Proxy) newLeg(ctx context.Context, addrs []string, wake func(), onDial func(error)) *leg {
-	l := &leg{proxy: p, wake: wake, ready: make(chan struct{}), used: time.Now()}
-	p.running.Add(1)
-	go l.dial(ctx, addrs, onDial)
+func (c *conn) newLeg(addrs []string) *leg {
+	l := &leg{proxy: c.proxy, owner: c, ready: make(chan struct{}), used: time.Now()}
+	c.proxy.running.Add(1)
+	go l.dial(addrs)
 	return l
 }
 
-func (l *leg) dial(ctx context.Context, addrs []string, onDial func(error)) {
-	defer l.proxy.running.Done()
-	defer l.wake()
-	defer close(l.ready)
+func (l *leg) dial(addrs []string) {
+	c := l.owner
+	defer c.proxy.running.Done()
+	defer c.inflight.signal()
+	err := l.tryDial(addrs)
+	if c.ctx.Err() == nil {
+		c.listener.dialed(err)
+	}
+	close(l.ready)
+	if err != nil && l.silent.Load() {
+		c.pause(c.listener.failureDelay())
+		c.close()
+	}
+}
+
+func (l *leg) tryDial(addrs []string) (err error) {
 	defer func() {
 		if broken := recover(); broken != nil {
-			l.err = fmt.Errorf("panic: %v", broken)
+			err = fmt.Errorf("panic: %v", broken)
 			l.proxy.logger.Error("dialling the upstream ended in a panic", "panic", broken, "stack", string(debug.Stack()))
 		}
+		if err != nil {
+			l.err = err
+		}
 	}()
-	conn, addr, err := l.proxy.dialFirst(ctx, addrs)
-	if err == nil {
-		err = l.connected(conn, addr)
-	}
+	conn, addr, err := l.proxy.dialFirst(l.owner.ctx, addrs)
 	if err != nil {
-		l.err, l.addr = err, addr
+		l.addr = addr
+		return err
 	}
-	onDial(err)
+	return l.connected(conn, addr)
 }
 
 // connected sends what has gathered meanwhile and then lets the reader write by itself.
@@ -159,7 +175,10 @@ func (l *leg) dead() bool {
 	if !l.up.Load() {
 		return l.failed()
 	}
-	return l.broken.Load() || l.outstanding.Load() == 0 && time.Since(l.used) > idleCheck && ended(l.conn)
+	if !l.broken.Load() && l.outstanding.Load() == 0 && time.Since(l.used) > idleCheck && ended(l.conn) {
+		l.broken.Store(true)
+	}
+	return l.broken.Load()
 }
 
 // failed says whether a leg was not to be had, or has broken off.

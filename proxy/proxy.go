@@ -55,6 +55,7 @@ type Coordinator interface {
 
 // Upstream knows the upstream's brokers and topics (upstream.Client).
 type Upstream interface {
+	Brokers() upstream.Brokers
 	OnBrokers(func(upstream.Brokers))
 	Nudge()
 	Topic(name string) (id [16]byte, partitions int32, known bool)
@@ -151,6 +152,7 @@ func (p *Proxy) Start() error {
 	p.table.mu.Unlock()
 	p.table.load()
 	p.upstream.OnBrokers(p.table.setBrokers)
+	p.table.setBrokers(p.upstream.Brokers())
 	p.running.Add(2)
 	go p.keepListeners()
 	go p.resumeSessions()

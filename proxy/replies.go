@@ -63,6 +63,7 @@ func (c *conn) write() error {
 			return err
 		}
 		c.inflight.pop()
+		c.proxy.metrics.Add(tracing.RequestsInFlight, -1)
 		if len(c.out) >= flushAt {
 			if err := c.flush(); err != nil {
 				return err
@@ -406,10 +407,7 @@ func (c *conn) afterDelay(cause error) error {
 	if err := c.flush(); err != nil {
 		return err
 	}
-	select {
-	case <-time.After(c.listener.failureDelay()):
-	case <-c.ctx.Done():
-	}
+	c.pause(c.listener.failureDelay())
 	return cause
 }
 

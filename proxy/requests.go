@@ -25,13 +25,11 @@ func (c *conn) readRequests() {
 	err := c.read()
 	c.report(err)
 	c.session.drop()
-	c.inflight.end()
-	grace := time.NewTimer(endGrace)
-	defer grace.Stop()
-	select {
-	case <-c.ctx.Done():
-	case <-grace.C:
+	if errors.Is(err, errUnsent) {
+		c.pause(c.listener.failureDelay())
 	}
+	c.inflight.end()
+	c.pause(endGrace)
 	c.close()
 }
 
@@ -159,7 +157,10 @@ func (c *conn) answerVersions(h wire.RequestHeader, s slot, frame []byte) error 
 	k := c.proxy.table.known(c.listener.node)
 	if k.upstream == nil { // never reached: wait for the dial, then say what we know
 		s.kind, s.request = slotVersions, frame
-		s.leg = c.ownLeg()
+		var err error
+		if s.leg, err = c.ownLeg(); err != nil {
+			return err
+		}
 		c.push(s)
 		return nil
 	}
@@ -173,6 +174,7 @@ func (c *conn) answerVersions(h wire.RequestHeader, s slot, frame []byte) error 
 }
 
 func (c *conn) push(s slot) {
+	c.proxy.metrics.Add(tracing.RequestsInFlight, 1)
 	c.inflight.push(s)
 	c.inflight.signal()
 }
@@ -246,13 +248,15 @@ func (c *conn) readWait(h wire.RequestHeader, total int, s *slot) (silent bool, 
 }
 
 // sendOwn sends a small frame to the listener's broker.
-func (c *conn) sendOwn(s slot, frame []byte, silent bool) error {
-	s.leg = c.ownLeg()
+func (c *conn) sendOwn(s slot, frame []byte, silent bool) (err error) {
+	if s.leg, err = c.ownLeg(); err != nil {
+		return err
+	}
 	return c.send(s, frame, silent)
 }
 
 // sendToAny sends a request that any broker can answer to one that is likely to.
-func (c *conn) sendToAny(h wire.RequestHeader, s slot, frame []byte) error {
+func (c *conn) sendToAny(h wire.RequestHeader, s slot, frame []byte) (err error) {
 	s.kind = slotRelayed
 	if !c.passed {
 		s.request = frame
@@ -262,7 +266,9 @@ func (c *conn) sendToAny(h wire.RequestHeader, s slot, frame []byte) error {
 		s.repeatable = true
 	}
 	s.rewrite = s.repeatable && h.APIKey != 75
-	s.leg = c.anyLeg()
+	if s.leg, err = c.anyLeg(); err != nil {
+		return err
+	}
 	return c.send(s, frame, false)
 }
 
@@ -271,6 +277,7 @@ func (c *conn) send(s slot, frame []byte, silent bool) error {
 		return c.sendSilent(s.leg, frame)
 	}
 	s.leg.outstanding.Add(1)
+	c.proxy.metrics.Add(tracing.RequestsInFlight, 1)
 	c.inflight.push(s)
 	err := s.leg.send(frame, c.ctx.Done())
 	c.proxy.metrics.Add(tracing.CopiedBytes, int64(len(frame)))
@@ -284,22 +291,26 @@ func (c *conn) send(s slot, frame []byte, silent bool) error {
 // sendSilent sends a request without a reply; if it cannot be sent, the client is told as by a broker, with a close.
 func (c *conn) sendSilent(l *leg, frame []byte) error {
 	c.proxy.metrics.Add(tracing.CopiedBytes, int64(len(frame)))
+	l.silent.Store(true)
 	if err := l.send(frame, c.ctx.Done()); err != nil {
 		return err
 	}
-	select {
-	case <-l.ready:
-		return l.err
-	default:
-		return nil
+	if l.failed() {
+		return errUnsent
 	}
+	return nil
 }
 
 // relayLarge moves a large request to the listener's broker.
 func (c *conn) relayLarge(s slot, total int, silent bool) error {
-	l := c.ownLeg()
+	l, err := c.ownLeg()
+	if err != nil {
+		return err
+	}
 	s.leg = l
-	if !silent {
+	if silent {
+		l.silent.Store(true)
+	} else {
 		l.outstanding.Add(1)
 		c.push(s)
 	}
@@ -308,7 +319,7 @@ func (c *conn) relayLarge(s slot, total int, silent bool) error {
 	}
 	l.writeBy.exactly(time.Time{})
 	progress := func() { l.sent.Store(time.Now().UnixNano()) }
-	err := c.proxy.mover.move(l.conn, &c.in, total, progress, progress)
+	err = c.proxy.mover.move(l.conn, &c.in, total, progress, progress)
 	l.used = time.Now()
 	if err != nil {
 		l.broken.Store(true)
@@ -316,5 +327,9 @@ func (c *conn) relayLarge(s slot, total int, silent bool) error {
 	return err
 }
 
-// errUnsent ends a connection whose broker cannot be reached, after the replies that come before.
-var errUnsent = errors.New("the upstream cannot be reached")
+var (
+	// errUnsent ends a connection whose broker cannot be reached, after the replies that come before.
+	errUnsent = errors.New("the upstream cannot be reached")
+	// errLegEnded ends one whose broker has closed the leg, which the client has to know.
+	errLegEnded = errors.New("the upstream has closed the connection")
+)
