@@ -71,12 +71,7 @@ func kafka(t *testing.T, version string, brokers int) *lab.Kafka {
 // restore starts the brokers that do not run.
 func restore(t *testing.T, k *lab.Kafka) {
 	t.Helper()
-	for _, b := range k.Brokers {
-		if !b.Alive() {
-			check(t, b.Start())
-		}
-	}
-	check(t, k.Ready(60*time.Second))
+	check(t, k.Restore(90*time.Second))
 }
 
 // dir is a folder that outlives the test (shared Kafka) and that other users may enter.

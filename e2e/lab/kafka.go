@@ -173,6 +173,7 @@ func (k *Kafka) properties(b *Broker, dir string) []byte {
 	if k.config.Version == Oldest {
 		p["broker.id"] = fmt.Sprint(b.ID)
 		p["zookeeper.connect"] = fmt.Sprintf("127.0.0.1:%d", k.base+1)
+		p["zookeeper.session.timeout.ms"] = "2000"
 	} else {
 		var voters []string
 		for id := 1; id <= k.config.Brokers; id++ {
@@ -204,7 +205,7 @@ func (k *Kafka) properties(b *Broker, dir string) []byte {
 
 func (k *Kafka) startZooKeeper() error {
 	file := filepath.Join(k.config.Dir, "zookeeper.cfg")
-	text := fmt.Sprintf("dataDir=%s\nclientPort=%d\nclientPortAddress=127.0.0.1\nadmin.enableServer=false\nmaxClientCnxns=0\n",
+	text := fmt.Sprintf("tickTime=500\ndataDir=%s\nclientPort=%d\nclientPortAddress=127.0.0.1\nadmin.enableServer=false\nmaxClientCnxns=0\n",
 		filepath.Join(k.config.Dir, "zookeeper"), k.base+1)
 	if err := os.MkdirAll(k.config.Dir, 0o755); err != nil {
 		return err
@@ -218,29 +219,38 @@ func (k *Kafka) startZooKeeper() error {
 	return err
 }
 
-// Ready waits until every living broker answers and names all living brokers.
+// Ready waits until every broker answers and names all of them.
 func (k *Kafka) Ready(within time.Duration) error {
 	return Eventually(within, func() error {
-		alive := 0
 		for _, b := range k.Brokers {
-			if b.Process == nil || !b.Alive() {
-				continue
-			}
-			alive++
-		}
-		for _, b := range k.Brokers {
-			if b.Process == nil || !b.Alive() {
-				continue
+			if !b.Alive() {
+				return fmt.Errorf("broker %d has ended", b.ID)
 			}
 			n, err := known(b.Addr())
 			if err != nil {
 				return err
 			}
-			if n != alive {
-				return fmt.Errorf("broker %d knows %d brokers, %d are alive", b.ID, n, alive)
+			if n != len(k.Brokers) {
+				return fmt.Errorf("broker %d knows %d brokers of %d", b.ID, n, len(k.Brokers))
 			}
 		}
 		return nil
+	})
+}
+
+// Restore starts the brokers that do not run, and waits as Ready does. A broker that finds its own ephemeral node in
+// ZooKeeper, its former self's, ends again: it is started until it stays.
+func (k *Kafka) Restore(within time.Duration) error {
+	return Eventually(within, func() error {
+		for _, b := range k.Brokers {
+			if b.Alive() {
+				continue
+			}
+			if err := b.Start(); err != nil {
+				return err
+			}
+		}
+		return k.Ready(time.Second)
 	})
 }
 
