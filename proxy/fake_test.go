@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"strconv"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -298,7 +299,14 @@ func heartbeat(member string) *kmsg.HeartbeatRequest {
 	return req
 }
 
-func metadata() *kmsg.MetadataRequest { return versioned(kmsg.NewPtrMetadataRequest(), 9) }
+// metadata asks for brokers only.
+func metadata() *kmsg.MetadataRequest {
+	req := versioned(kmsg.NewPtrMetadataRequest(), 9)
+	req.Topics = []kmsg.MetadataRequestTopic{}
+	return req
+}
+
+func itoa(n int) string { return strconv.Itoa(n) }
 
 func portOf(addr string) (port int) {
 	_, text, _ := net.SplitHostPort(addr)

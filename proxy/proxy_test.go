@@ -172,6 +172,11 @@ func start(t testing.TB, c proxy.Config, change ...func(*side)) *side {
 	return s
 }
 
+func newProxy(c proxy.Config) *proxy.Proxy {
+	c.Logger = slog.New(slog.DiscardHandler)
+	return proxy.New(c, newEcho(true), &brokers{}, &memory{}, nil)
+}
+
 func (s *side) stop() {
 	ctx, cancel := context.WithCancel(context.Background())
 	cancel()

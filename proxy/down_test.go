@@ -1,0 +1,429 @@
+package proxy_test
+
+import (
+	"context"
+	"net"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/offset-sidecar/offset-sidecar/upstream"
+	"github.com/twmb/franz-go/pkg/kmsg"
+)
+
+// groupCalls sends one of each kind of group call on a fresh connection, as a client does that has just connected.
+func groupCalls(t *testing.T, addr string) {
+	t.Helper()
+	c := dial(t, addr)
+	v := c.call(versioned(kmsg.NewPtrApiVersionsRequest(), 2)).(*kmsg.ApiVersionsResponse)
+	if v.ErrorCode != 0 || len(v.ApiKeys) < 20 {
+		t.Fatalf("ApiVersions: error %d, %d keys", v.ErrorCode, len(v.ApiKeys))
+	}
+	find := versioned(kmsg.NewPtrFindCoordinatorRequest(), 2)
+	find.CoordinatorKey = "g"
+	if f := c.call(find).(*kmsg.FindCoordinatorResponse); f.ErrorCode != 0 || f.Host != "127.0.0.1" {
+		t.Fatalf("FindCoordinator: %+v", f)
+	}
+	for _, req := range []kmsg.Request{
+		versioned(kmsg.NewPtrJoinGroupRequest(), 5), versioned(kmsg.NewPtrSyncGroupRequest(), 3), heartbeat("m"),
+		versioned(kmsg.NewPtrOffsetCommitRequest(), 7), versioned(kmsg.NewPtrOffsetFetchRequest(), 5),
+		versioned(kmsg.NewPtrLeaveGroupRequest(), 3), versioned(kmsg.NewPtrDescribeGroupsRequest(), 4),
+		versioned(kmsg.NewPtrListGroupsRequest(), 2), versioned(kmsg.NewPtrDeleteGroupsRequest(), 1),
+		kmsg.NewPtrOffsetDeleteRequest(),
+	} {
+		c.call(req)
+	}
+}
+
+// quickly fails if f takes as long as a dial may.
+func quickly(t *testing.T, what string, f func()) {
+	t.Helper()
+	begin := time.Now()
+	f()
+	if d := time.Since(begin); d > 2500*time.Millisecond {
+		t.Fatalf("%s took %v", what, d)
+	}
+}
+
+func namesLeader(m *kmsg.MetadataResponse) bool { return m.ControllerID == 2 }
+
+// twoBrokers starts a proxy before two brokers of which the second answers Metadata with itself as controller.
+func twoBrokers(t *testing.T) (a, b *fakeBroker, s *side) {
+	var all []*fakeBroker
+	handle := answer(func(req kmsg.Request) kmsg.Response {
+		resp := req.ResponseKind()
+		if m, ok := resp.(*kmsg.MetadataResponse); ok {
+			m.ControllerID = 2
+			for _, x := range all {
+				y := kmsg.NewMetadataResponseBroker()
+				y.NodeID, y.Host, y.Port = x.id, "127.0.0.1", x.broker().Port
+				m.Brokers = append(m.Brokers, y)
+			}
+		}
+		return resp
+	})
+	a, b = newBroker(t, 1, handle), newBroker(t, 2, handle)
+	all = []*fakeBroker{a, b}
+	s = start(t, config(a.addr(), b.addr()), func(s *side) { s.brokers.set(a.broker(), b.broker()) })
+	for _, addr := range s.Addrs() { // so that each was reached once
+		dial(t, addr).call(metadata())
+	}
+	return a, b, s
+}
+
+// The listener of a broker that was killed takes every group call, and asks another broker for Metadata.
+func TestKilledBroker(t *testing.T) {
+	a, _, s := twoBrokers(t)
+	a.kill()
+	quickly(t, "group calls", func() { groupCalls(t, s.Addrs()[1]) })
+	quickly(t, "Metadata", func() {
+		m := dial(t, s.Addrs()[1]).call(metadata()).(*kmsg.MetadataResponse)
+		if !namesLeader(m) || len(m.Brokers) != 2 || m.Brokers[0].Host != "127.0.0.1" {
+			t.Fatalf("%+v", m)
+		}
+		for _, x := range m.Brokers {
+			if x.Port != int32(portOf(s.Addrs()[x.NodeID])) {
+				t.Fatalf("broker %d is named with port %d", x.NodeID, x.Port)
+			}
+		}
+	})
+}
+
+// So does that of a broker that takes connections and says nothing (SIGSTOP): the first question waits a little, later
+// ones do not.
+func TestStoppedBroker(t *testing.T) {
+	a, _, s := twoBrokers(t)
+	open := dial(t, s.Addrs()[1])
+	open.call(metadata())
+	a.deaf.Store(true)
+	quickly(t, "group calls", func() { groupCalls(t, s.Addrs()[1]) })
+	quickly(t, "Metadata on an open connection", func() { open.call(metadata()) })
+	quickly(t, "Metadata on a new connection", func() { dial(t, s.Addrs()[1]).call(metadata()) })
+	before := a.dials.Load()
+	a.deaf.Store(false)
+	until(t, "the broker is asked again", func() bool {
+		n := len(a.requests())
+		dial(t, s.Addrs()[1]).call(metadata())
+		return a.dials.Load() > before && len(a.requests()) > n
+	})
+	// The reply that came after all is not taken for another's.
+	for range 3 {
+		open.call(metadata())
+	}
+}
+
+// After a restart with all brokers down the listeners are the same, every one takes all group calls, and Metadata names
+// the brokers as they were. Topics that are not known have no leader, and a list of all topics is not made up.
+func TestRestartWhileUpstreamIsDown(t *testing.T) {
+	for _, stopped := range []bool{false, true} {
+		a, b := newBroker(t, 1, echoBody), newBroker(t, 2, echoBody)
+		store := &memory{}
+		c := config(a.addr(), b.addr())
+		c.Listen = net.JoinHostPort("127.0.0.1", freePorts(t))
+		first := start(t, c, func(s *side) { s.store = store; s.brokers.set(a.broker(), b.broker()) })
+		for _, addr := range first.Addrs() {
+			dial(t, addr).sendBytes(frame(2, 0, 1, nil))
+		}
+		until(t, "both were reached", func() bool { return a.dials.Load() > 0 && b.dials.Load() > 0 })
+		addrs := first.Addrs()
+		first.stop()
+		for _, x := range []*fakeBroker{a, b} {
+			x.deaf.Store(stopped)
+			if !stopped {
+				x.kill()
+			}
+		}
+		second := start(t, c, func(s *side) { s.store = store })
+		for id, addr := range addrs {
+			if second.Addrs()[id] != addr {
+				t.Fatalf("broker %d was at %s and is at %s", id, addr, second.Addrs()[id])
+			}
+			quickly(t, "group calls", func() { groupCalls(t, addr) })
+		}
+		req := metadata()
+		topic := kmsg.NewMetadataRequestTopic()
+		topic.Topic = kmsg.StringPtr("t")
+		req.Topics = append(req.Topics, topic)
+		m := dial(t, addrs[1]).call(req).(*kmsg.MetadataResponse)
+		if len(m.Brokers) != 2 || len(m.Topics) != 1 || m.Topics[0].ErrorCode != 5 {
+			t.Fatalf("%+v", m)
+		}
+		all := dial(t, addrs[1])
+		all.send(1, versioned(kmsg.NewPtrMetadataRequest(), 9))
+		all.closed()
+		second.stop()
+	}
+}
+
+// freePorts finds a port that is free with the next few.
+func freePorts(t testing.TB) string {
+	t.Helper()
+	for {
+		ln, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, port, _ := net.SplitHostPort(ln.Addr().String())
+		_ = ln.Close()
+		free := true
+		for i := range 4 {
+			ln, err := net.Listen("tcp", net.JoinHostPort("127.0.0.1", itoa(portOf(":"+port)+i)))
+			if err != nil {
+				free = false
+				break
+			}
+			_ = ln.Close()
+		}
+		if free {
+			return port
+		}
+	}
+}
+
+// A request that is bound to a broker which cannot be reached ends the connection, not at once, and what came before it
+// is answered.
+func TestBoundRequestToADeadBrokerClosesAfterADelay(t *testing.T) {
+	a, _, s := twoBrokers(t)
+	a.kill()
+	c := dial(t, s.Addrs()[1])
+	begin := time.Now()
+	c.send(1, heartbeat("m"))
+	c.sendBytes(frame(2, 0, 2, nil))
+	c.send(3, heartbeat("m"))
+	if id, _ := c.receive(); id != 1 {
+		t.Fatalf("correlation id %d", id)
+	}
+	c.closed()
+	if d := time.Since(begin); d < 200*time.Millisecond || d > 3*time.Second {
+		t.Fatalf("closed after %v", d)
+	}
+	if n := len(s.echo.requests()); n != 2 {
+		t.Fatalf("%d heartbeats reached the coordinator, not 2", n)
+	}
+}
+
+// A leg that the broker closes while nothing is outstanding on it (connections.max.idle.ms) does not end the client's
+// connection, neither one that only made group calls nor one that goes on asking.
+func TestIdleLegIsReplaced(t *testing.T) {
+	b := newBroker(t, 1, echoBody)
+	s := start(t, config(b.addr()), func(s *side) { s.brokers.set(b.broker()) })
+	c := dial(t, s.Addrs()[1])
+	for id := range int32(3) {
+		c.sendBytes(frame(2, 0, id, []byte("x")))
+		if got, _ := c.receive(); got != id {
+			t.Fatalf("correlation id %d", got)
+		}
+		b.closeConns()
+		time.Sleep(1100 * time.Millisecond) // what counts as idle
+		c.call(heartbeat("m"))
+	}
+	if b.dials.Load() != 3 {
+		t.Fatalf("%d dials, not 3", b.dials.Load())
+	}
+}
+
+// A client that sent requests without replies on a leg is told of its end by a close, as by Kafka: it has to look for
+// the new leader.
+func TestEndOfALegWithSilentRequestsReachesTheClient(t *testing.T) {
+	b := newBroker(t, 1, func(request) []byte { return nil })
+	s := start(t, config(b.addr()), func(s *side) { s.brokers.set(b.broker()) })
+	c := dial(t, s.Addrs()[1])
+	silent := frame(0, 0, 1, make([]byte, 20))
+	c.sendBytes(silent)
+	until(t, "the request arrives", func() bool { return len(b.requests()) == 1 })
+	b.closeConns()
+	until(t, "the client is closed", func() bool {
+		_, err := c.Write(silent)
+		time.Sleep(20 * time.Millisecond)
+		return err != nil
+	})
+}
+
+// An upstream that makes no progress for --upstream-timeout beyond the request's own wait ends the connection.
+func TestStalledUpstreamClosesTheConnection(t *testing.T) {
+	b := newBroker(t, 1, func(request) []byte { return nil })
+	c := config(b.addr())
+	c.UpstreamTimeout = 300 * time.Millisecond
+	s := start(t, c, func(s *side) { s.brokers.set(b.broker()) })
+	begin := time.Now()
+	plain := dial(t, s.Addrs()[1])
+	plain.sendBytes(frame(2, 0, 1, nil))
+	plain.closed()
+	if d := time.Since(begin); d > 2*time.Second {
+		t.Fatalf("closed after %v", d)
+	}
+	begin = time.Now()
+	fetch := dial(t, s.Addrs()[1])
+	fetch.sendBytes(frame(1, 4, 1, append([]byte{255, 255, 255, 255, 0, 0, 3, 232}, make([]byte, 20)...))) // waits 1 s
+	fetch.closed()
+	if d := time.Since(begin); d < time.Second {
+		t.Fatalf("a fetch that may wait 1 s was given %v", d)
+	}
+}
+
+// A client that does not read for longer than any time-out is no error.
+func TestPausedClientIsLeftAlone(t *testing.T) {
+	const size = 32 << 20
+	b := newBroker(t, 1, func(r request) []byte { return r.reply(make([]byte, size)) })
+	c := config(b.addr())
+	c.UpstreamTimeout = 200 * time.Millisecond
+	s := start(t, c, func(s *side) { s.brokers.set(b.broker()) })
+	cl := dial(t, s.Addrs()[1])
+	cl.sendBytes(frame(2, 0, 1, nil))
+	time.Sleep(time.Second)
+	if id, body := cl.receive(); id != 1 || len(body) != size {
+		t.Fatalf("%d, %d bytes", id, len(body))
+	}
+}
+
+// A Metadata reply without brokers is not passed on: another broker is asked, or the connection closed.
+func TestMetadataWithoutBrokersIsNotPassedOn(t *testing.T) {
+	a := newBroker(t, 1, answer(func(req kmsg.Request) kmsg.Response { return req.ResponseKind() }))
+	b := newBroker(t, 2, metadataOf(a))
+	s := start(t, config(a.addr(), b.addr()), func(s *side) { s.brokers.set(a.broker(), b.broker()) })
+	if m := dial(t, s.Addrs()[1]).call(metadata()).(*kmsg.MetadataResponse); len(m.Brokers) != 1 {
+		t.Fatalf("%+v", m)
+	}
+	lonely := start(t, config(a.addr()))
+	c := dial(t, lonely.Addr().String())
+	c.send(1, metadata())
+	c.closed()
+}
+
+// A node id that nobody has seen gets its listener before the reply that names it is written, and no real address ever
+// reaches a client.
+func TestNewBrokerHasAListenerBeforeItIsNamed(t *testing.T) {
+	c := newBroker(t, 3, echoBody)
+	var a *fakeBroker
+	a = newBroker(t, 1, func(r request) []byte { return metadataOf(a, c)(r) })
+	s := start(t, config(a.addr()))
+	m := dial(t, s.Addr().String()).call(metadata()).(*kmsg.MetadataResponse)
+	for _, x := range m.Brokers {
+		if x.Port == a.broker().Port || x.Port == c.broker().Port {
+			t.Fatalf("broker %d is named with its real port", x.NodeID)
+		}
+		if x.NodeID == 3 {
+			cl := dial(t, net.JoinHostPort(x.Host, itoa(int(x.Port))))
+			cl.sendBytes(frame(2, 0, 9, nil))
+			if id, _ := cl.receive(); id != 9 || len(c.requests()) != 1 {
+				t.Fatal("the new listener does not lead to its broker")
+			}
+		}
+	}
+}
+
+// Ports follow from the node ids: the same after a restart with nothing kept, in ascending order where ids clash.
+func TestPortsAreTheSameWithAnEmptiedDirectory(t *testing.T) {
+	c := config("127.0.0.1:1")
+	c.Listen = "127.0.0.1:" + freePorts(t)
+	base := portOf(c.Listen)
+	named := func(ids ...int32) (all []upstream.Broker) {
+		for _, id := range ids {
+			all = append(all, upstream.Broker{ID: id, Host: "127.0.0.1", Port: 1})
+		}
+		return all
+	}
+	for range 2 {
+		s := start(t, c, func(s *side) { s.brokers.set(named(257, 1, 0)...) })
+		for id, want := range map[int32]int{0: base + 1, 1: base + 2, 257: base + 3} {
+			if got := portOf(s.Addrs()[id]); got != want {
+				t.Fatalf("broker %d has port %d, not %d", id, got, want)
+			}
+		}
+		s.stop()
+	}
+}
+
+// A port that another process holds is named, with the way out, and taken when it is free.
+func TestTakenPortIsNamedAndTriedAgain(t *testing.T) {
+	c := config("127.0.0.1:1")
+	c.Listen = "127.0.0.1:" + freePorts(t)
+	other, err := net.Listen("tcp", "127.0.0.1:"+itoa(portOf(c.Listen)+1))
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := start(t, c, func(s *side) { s.brokers.set(upstream.Broker{ID: 0, Host: "127.0.0.1", Port: 1}) })
+	if len(s.Addrs()) != 0 || !strings.Contains(s.logs.String(), "--listen") {
+		t.Fatalf("%v, %s", s.Addrs(), s.logs)
+	}
+	_ = other.Close()
+	until(t, "the port is taken", func() bool { return len(s.Addrs()) == 1 })
+}
+
+func TestBootstrapPortInUseIsAnError(t *testing.T) {
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	c := config("127.0.0.1:1")
+	c.Listen = ln.Addr().String()
+	err = newProxy(c).Start()
+	if err == nil || !strings.Contains(err.Error(), "--listen "+c.Listen) {
+		t.Fatalf("%v", err)
+	}
+}
+
+// An upstream that is this sidecar itself is refused: at the start if it is the bootstrap listener, else when it is
+// dialled.
+func TestSelfLoopIsRefused(t *testing.T) {
+	c := config()
+	port := freePorts(t)
+	c.Listen = "127.0.0.1:" + port
+	c.Upstream = []string{"localhost:" + port}
+	if err := newProxy(c).Start(); err == nil || !strings.Contains(err.Error(), "--upstream localhost:"+port) {
+		t.Fatalf("%v", err)
+	}
+	c.Upstream = []string{"127.0.0.1:" + itoa(portOf(c.Listen)+1)}
+	s := start(t, c, func(s *side) {
+		s.brokers.set(upstream.Broker{ID: 0, Host: "127.0.0.1", Port: int32(portOf(c.Listen) + 1)})
+	})
+	cl := dial(t, s.Addrs()[0])
+	cl.sendBytes(frame(2, 0, 1, nil))
+	cl.closed()
+	if !strings.Contains(s.logs.String(), "leads back to this sidecar") {
+		t.Fatal(s.logs)
+	}
+}
+
+// Clients on ::1 are served as well, where there is IPv6.
+func TestBothLoopbackAddresses(t *testing.T) {
+	if ln, err := net.Listen("tcp", "[::1]:0"); err != nil {
+		return // no IPv6 here
+	} else {
+		_ = ln.Close()
+	}
+	b := newBroker(t, 1, echoBody)
+	s := start(t, config(b.addr()), func(s *side) { s.brokers.set(b.broker()) })
+	for _, addr := range []string{s.Addr().String(), s.Addrs()[1]} {
+		c := dial(t, net.JoinHostPort("::1", itoa(portOf(addr))))
+		c.call(heartbeat("m"))
+	}
+}
+
+// Shutdown serves clients until the last one has gone.
+func TestShutdownWaitsForClients(t *testing.T) {
+	b := newBroker(t, 1, echoBody)
+	s := start(t, config(b.addr()), func(s *side) { s.brokers.set(b.broker()) })
+	c := dial(t, s.Addrs()[1])
+	c.call(heartbeat("m"))
+	done := make(chan error, 1)
+	go func() {
+		ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+		defer cancel()
+		done <- s.Shutdown(ctx)
+	}()
+	c.call(heartbeat("m"))
+	late := dial(t, s.Addrs()[1]) // a client that leaves its group opens a new connection for it
+	late.call(versioned(kmsg.NewPtrLeaveGroupRequest(), 3))
+	_ = late.Close()
+	select {
+	case err := <-done:
+		t.Fatalf("shut down with a client connected: %v", err)
+	case <-time.After(50 * time.Millisecond):
+	}
+	_ = c.Close()
+	if err := <-done; err != nil {
+		t.Fatal(err)
+	}
+}
