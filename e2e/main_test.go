@@ -74,12 +74,11 @@ func restore(t *testing.T, k *lab.Kafka) {
 	check(t, k.Restore(90*time.Second))
 }
 
-// dir is a folder that outlives the test (shared Kafka) and that other users may enter.
+// dir is a folder that outlives the test, as the shared Kafka does.
 func dir(t *testing.T, name string) string {
 	t.Helper()
 	d, err := lab.TempDir(name)
 	check(t, err)
-	check(t, os.Chmod(d, 0o755))
 	return d
 }
 

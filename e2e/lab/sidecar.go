@@ -53,16 +53,20 @@ var temp = sync.OnceValues(func() (string, error) {
 	if err != nil {
 		return "", err
 	}
-	return dir, os.Chmod(dir, 0o755) // a sidecar may run as another user
+	return dir, os.Chmod(dir, 0o755)
 })
 
-// TempDir makes a folder under one that Cleanup removes.
+// TempDir makes a folder under one that Cleanup removes. Anyone may enter: a sidecar may run as another user.
 func TempDir(name string) (string, error) {
 	dir, err := temp()
 	if err != nil {
 		return "", err
 	}
-	return os.MkdirTemp(dir, name+"-")
+	made, err := os.MkdirTemp(dir, name+"-")
+	if err != nil {
+		return "", err
+	}
+	return made, os.Chmod(made, 0o755)
 }
 
 // Cleanup removes all that TempDir gave.
