@@ -102,7 +102,7 @@ func New(c Config) (*Client, error) {
 		kgo.SoftwareNameAndVersion("offset-sidecar", "1"),
 		kgo.Dialer(bounded),
 		kgo.DisableClientMetrics(),
-		kgo.MetadataMaxAge(24*time.Hour), // kgo's own refresh; ours is Run
+		kgo.MetadataMaxAge(time.Hour), // kgo's own refresh; ours is Run
 		kgo.MetadataMinAge(nudgedAfter),
 		kgo.RequestRetries(max(4, 2*len(c.Seeds))),
 		kgo.RetryTimeout(askTimeout),
