@@ -36,6 +36,7 @@ var (
 type leg struct {
 	proxy *Proxy
 	owner *conn
+	addrs []string      // to be dialled
 	ready chan struct{} // closed when the dial has ended
 	up    atomic.Bool   // set before that if it went well
 	// broken is set when reading or writing has failed.
@@ -67,17 +68,17 @@ type leg struct {
 
 // newLeg begins to dial the first of these addresses that answers.
 func (c *conn) newLeg(addrs []string) *leg {
-	l := &leg{proxy: c.proxy, owner: c, ready: make(chan struct{}), used: time.Now()}
+	l := &leg{proxy: c.proxy, owner: c, addrs: addrs, ready: make(chan struct{}), used: time.Now()}
 	c.proxy.running.Add(1)
-	go l.dial(addrs)
+	go l.dial()
 	return l
 }
 
-func (l *leg) dial(addrs []string) {
+func (l *leg) dial() {
 	c := l.owner
 	defer c.proxy.running.Done()
 	defer c.inflight.signal()
-	err := l.tryDial(addrs)
+	err := l.tryDial()
 	if c.ctx.Err() == nil {
 		c.listener.dialed(err)
 	}
@@ -88,7 +89,7 @@ func (l *leg) dial(addrs []string) {
 	}
 }
 
-func (l *leg) tryDial(addrs []string) (err error) {
+func (l *leg) tryDial() (err error) {
 	defer func() {
 		if broken := recover(); broken != nil {
 			err = fmt.Errorf("panic: %v", broken)
@@ -98,7 +99,7 @@ func (l *leg) tryDial(addrs []string) (err error) {
 			l.err = err
 		}
 	}()
-	conn, addr, err := l.proxy.dialFirst(l.owner.ctx, addrs)
+	conn, addr, err := l.proxy.dialFirst(l.owner.ctx, l.addrs)
 	if err != nil {
 		l.addr = addr
 		return err
@@ -199,12 +200,15 @@ func (l *leg) settled() bool {
 	}
 }
 
-// address is where a leg leads, or was to lead; "" while it is dialled.
+// address is where a leg leads, or was to lead.
 func (l *leg) address() string {
-	if !l.settled() {
-		return ""
+	if l.settled() && l.addr != "" {
+		return l.addr
 	}
-	return l.addr
+	if len(l.addrs) > 0 {
+		return l.addrs[0]
+	}
+	return ""
 }
 
 // finished says whether there is nothing left to close.

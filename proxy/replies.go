@@ -21,10 +21,11 @@ const (
 	keepOut = 64 << 10 // bytes of the buffer for them that a connection keeps
 	direct  = 4 << 10  // replies from this size on are written from where they were read
 
-	// A broker that takes longer than repeatAfter for a request that can be repeated is suspected, and another is asked;
-	// if there is no other that is well, it is given repeatAlone.
+	// A broker that takes longer than repeatAfter for a request that can be repeated is suspected, and another is asked.
+	// If no other is well it is given repeatAlone, or repeatDown if its probes fail as well.
 	repeatAfter = 1500 * time.Millisecond
 	repeatAlone = 5 * time.Second
+	repeatDown  = 500 * time.Millisecond
 )
 
 var (
@@ -41,8 +42,7 @@ func (c *conn) writeReplies() {
 	if flushErr := c.flush(); err == nil {
 		err = flushErr
 	}
-	c.report(err)
-	if err != nil && c.ctx.Err() == nil {
+	if !c.report(err) && err != nil && c.ctx.Err() == nil {
 		c.proxy.logger.Debug("client connection closed", "client", c.client.RemoteAddr(), "node", c.listener.node, "err", err)
 	}
 }
@@ -254,10 +254,14 @@ func (c *conn) nextReply(s *slot) (size int, err error) {
 
 // patience is how long a broker may take for what can be asked elsewhere.
 func (c *conn) patience(l *leg) time.Duration {
-	for _, addr := range c.proxy.table.others(l.address(), 0) {
-		if !c.proxy.health.suspected(addr) {
+	addr := l.address()
+	for _, other := range c.proxy.table.others(addr, 0) {
+		if !c.proxy.health.suspected(other) {
 			return repeatAfter
 		}
+	}
+	if c.proxy.health.suspected(addr) {
+		return repeatDown
 	}
 	return repeatAlone
 }
@@ -418,6 +422,7 @@ func (c *conn) askElsewhere(s *slot, avoid string, cause error) error {
 		return err
 	}
 	addrs := c.proxy.table.others(avoid, int(c.session.client.Session[0]))
+	addrs = slices.DeleteFunc(addrs, c.proxy.health.suspected) // probes have just asked them
 	for len(addrs) > 0 && c.ctx.Err() == nil {
 		frame, addr, err := c.proxy.ask(c.ctx, addrs, s)
 		if err == nil {

@@ -33,11 +33,11 @@ func (c *conn) readRequests() {
 	c.close()
 }
 
-// report names a client's mistake in the log, once.
-func (c *conn) report(err error) {
+// report names a mistake in the log, if it is one.
+func (c *conn) report(err error) bool {
 	var m *mistake
 	if !errors.As(err, &m) {
-		return
+		return false
 	}
 	c.proxy.metrics.Mistake(m.kind)
 	host := c.client.RemoteAddr().String()
@@ -45,6 +45,7 @@ func (c *conn) report(err error) {
 		host = h // without the port: lines of one client that tries again are the same
 	}
 	c.proxy.complain("client %s at %s: %s; its connection is closed", host, c.client.LocalAddr(), m.text)
+	return true
 }
 
 func (c *conn) read() error {
@@ -70,9 +71,6 @@ func (c *conn) readRequest() error {
 		return err
 	}
 	c.proxy.metrics.Request(h.APIKey)
-	if !served(h.APIKey, h.APIVersion) {
-		return blame(tracing.MistakeRequest, "%s version %d is not served", kmsg.NameForKey(h.APIKey), h.APIVersion)
-	}
 	r := routeOf(h.APIKey)
 	if r.action == pass || r.action == rewrite {
 		if !c.inflight.reserve(c.ctx.Done()) {
@@ -108,11 +106,15 @@ func (c *conn) oddSize(size int32) error {
 
 // header reads the request header, of which the frame's first bytes are usually enough.
 func (c *conn) header(total int) (wire.RequestHeader, error) {
-	for need := min(total, 64); ; need = min(total, 2*len(c.in.buffered())) {
+	for need := 12; ; need = min(total, len(c.in.buffered())+1) {
 		if err := c.in.need(need); err != nil {
 			return wire.RequestHeader{}, err
 		}
 		have := c.in.buffered()
+		key, version := int16(binary.BigEndian.Uint16(have[4:])), int16(binary.BigEndian.Uint16(have[6:]))
+		if !served(key, version) { // of a version that nobody knows, the rest of the header may be anything
+			return wire.RequestHeader{}, blame(tracing.MistakeRequest, "%s version %d is not served", kmsg.NameForKey(key), version)
+		}
 		whole := len(have) >= total
 		h, err := wire.ParseRequestHeader(have[4:min(len(have), total)])
 		switch {
