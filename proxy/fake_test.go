@@ -3,6 +3,7 @@ package proxy_test
 import (
 	"encoding/binary"
 	"fmt"
+	"hash/crc32"
 	"io"
 	"net"
 	"strconv"
@@ -288,6 +289,8 @@ func until(t testing.TB, what string, ok func() bool) {
 	}
 }
 
+func crc(b []byte) uint32 { return crc32.ChecksumIEEE(b) }
+
 func versioned[R kmsg.Request](req R, version int16) R {
 	req.SetVersion(version)
 	return req
@@ -305,6 +308,8 @@ func metadata() *kmsg.MetadataRequest {
 	req.Topics = []kmsg.MetadataRequestTopic{}
 	return req
 }
+
+type netConn = net.Conn
 
 func itoa(n int) string { return strconv.Itoa(n) }
 
