@@ -29,8 +29,11 @@ type Sidecar struct {
 	ready map[string]any
 }
 
-// Binary builds the sidecar once and returns its path.
+// Binary builds the sidecar once and returns its path; E2E_BINARY names one to take instead.
 var Binary = sync.OnceValues(func() (string, error) {
+	if given := os.Getenv("E2E_BINARY"); given != "" {
+		return given, nil
+	}
 	paths, err := Setup()
 	if err != nil {
 		return "", err

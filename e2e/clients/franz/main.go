@@ -114,7 +114,7 @@ func consume(bootstrap, topic, group, flavour string) error {
 	}
 	cl, err := kgo.NewClient(append(opts,
 		kgo.ConsumerGroup(group), kgo.ConsumeTopics(topic), kgo.Balancers(balancer), kgo.DisableAutoCommit(), kgo.BlockRebalanceOnPoll(),
-		kgo.ConsumeResetOffset(kgo.NewOffset().AtStart()), kgo.SessionTimeout(6*time.Second), kgo.HeartbeatInterval(500*time.Millisecond),
+		kgo.FetchMaxWait(time.Second), kgo.ConsumeResetOffset(kgo.NewOffset().AtStart()), kgo.SessionTimeout(6*time.Second), kgo.HeartbeatInterval(500*time.Millisecond),
 		kgo.OnPartitionsAssigned(mine.change(topic, true)), kgo.OnPartitionsRevoked(mine.change(topic, false)), kgo.OnPartitionsLost(mine.change(topic, false)),
 	)...)
 	if err != nil {
