@@ -1,15 +1,17 @@
 package replicate
 
-// Record is one record of the compacted log. A nil Value is a tombstone. Partition -1 is private: it takes no offsets.
-type Record struct {
-	Partition  int32
-	Key, Value []byte
-}
+import "github.com/offset-sidecar/offset-sidecar/replicate/store"
 
-// Limits of an entry. A single record larger than EntryBytes may go up to MaxRecordBytes in an entry of its own.
+// Record is one record of the compacted log. A nil Value is a tombstone. Partition -1 is private: it takes no offsets.
+type Record = store.Record
+
+// Limits of an entry. A single record larger than EntryBytes may go up to MaxRecordBytes in an entry of its own. An
+// entry beyond them is not appended: it Failed with ErrEntryTooLarge.
 const (
 	EntryBytes      = 128 << 10
 	MaxRecordBytes  = 900 << 10
+	MaxKeyBytes     = store.MaxKeyBytes
+	MaxRecords      = store.MaxEntryRecords
 	EntriesInFlight = 2
 )
 

@@ -1,0 +1,78 @@
+package replicate
+
+import (
+	"errors"
+
+	"github.com/hashicorp/raft"
+)
+
+// ErrNotLeader is why an entry Failed or a fence is broken: this replica does not lead in that term, or an entry of
+// that term has failed before.
+var ErrNotLeader = errors.New("not the leader in that term")
+
+// pending is an entry on its way: raft answers, or err is the answer already.
+type pending struct {
+	term, sequence uint64
+	future         raft.ApplyFuture
+	err            error
+}
+
+// append takes entries as long as fewer than EntriesInFlight are in flight, and gives them to raft. No linger: what
+// comes while entries are in flight is gathered by the coordinator into its next one.
+func (n *Node) append() {
+	defer close(n.inFlight)
+	for {
+		select {
+		case n.slots <- struct{}{}:
+		case <-n.stop:
+			return
+		}
+		select {
+		case e := <-n.entries:
+			n.inFlight <- n.offer(&e)
+		case <-n.stop:
+			return
+		}
+	}
+}
+
+// offer gives one entry to raft, unless its term is over or has failed.
+func (n *Node) offer(e *Entry) pending {
+	p := pending{term: e.Term, sequence: e.Sequence}
+	term, leading := n.leadership()
+	switch {
+	case !leading || term != e.Term || n.failedTerm.Load() >= e.Term:
+		p.err = ErrNotLeader
+	default:
+		p.err = e.check()
+	}
+	if p.err != nil {
+		// From here on, not only once settle has told: the next entry may already be waiting.
+		n.fail(e.Term)
+		return p
+	}
+	p.future = n.raft.Apply(e.encode(), 0)
+	return p
+}
+
+// settle waits for raft's answers in the order of the entries. An answer comes after the fsm has handed the entry on,
+// so a Failed never overtakes an Applied.
+func (n *Node) settle() {
+	for p := range n.inFlight {
+		err := p.err
+		if err == nil {
+			err = p.future.Error()
+		}
+		if err != nil {
+			n.fail(p.term)
+			n.send(Event{Kind: Failed, Term: p.term, Sequence: p.sequence, Err: err})
+		}
+		<-n.slots
+	}
+}
+
+// fail lets nothing more of term be appended.
+func (n *Node) fail(term uint64) {
+	for old := n.failedTerm.Load(); old < term && !n.failedTerm.CompareAndSwap(old, term); old = n.failedTerm.Load() {
+	}
+}

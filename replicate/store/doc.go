@@ -1,0 +1,47 @@
+// Package store keeps what raft must not forget and what the group coordinator's records add up to, in one badger
+// database. It is a ground room: it knows keys, values and raft's store interfaces, and nothing of groups or peers.
+//
+// The database has five key ranges (docs/formats.md gives their bytes):
+//
+//	stable        raft's term and vote                      Stable
+//	raft log      entries, each with a CRC32C               RaftLog
+//	compacted log blocks of records by partition, offset    Append, Read
+//	latest        the newest record of each key             Latest
+//	local         never replicated: node id, ports, caches  Local
+//
+// # What is promised
+//
+// RaftLog.StoreLogs returns when its entries are on disk (Fsync false: in the page cache, which survives kill -9).
+// One synced transaction per call is the only fsync of a commit: applied records stay in memory, in the tail, and the
+// keeper flushes them to the compacted log every 5 s or 8 MiB, for a snapshot and on Close. A flush is a row of
+// transactions of whole entries, and each moves `applied` (raft index and term, the next entry expected, each
+// partition's next offset, the configuration) together with the records. So there is no half-flushed state: what a
+// crash cut off is replayed from raft's log, and gets the same offsets again.
+//
+// `applied` is also the snapshot. Taking one flushes the tail and writes nothing else; Snapshots.Open streams the
+// compacted log out of the read transaction its meta came from; Restore replaces everything by such a stream.
+//
+// Offsets are sequential from 0 in each partition, in the order of Append, and identical on every replica. Partition
+// -1 is private and takes none. The compactor removes superseded records after HistoryAge or beyond HistoryBytes, and
+// tombstones after TombstoneAge, never the last record of a partition; offsets survive, and gaps may differ.
+//
+// # Damage and full disks
+//
+// Badger drops the rest of a write-ahead log after one flipped bit and says nothing, which would make a voter forget
+// what it acknowledged. Hence the watermark: a file of 64 bytes that names the last index acknowledged, at most a
+// second old. A log that ends below it, has a hole, or fails a CRC makes Open return a DamagedError: nothing is
+// changed, because for a lone voter starting empty would be silent loss. Options.Quarantine, a choice of the
+// operator, moves the damaged parts aside within the directory and starts as a new node.
+//
+// Badger writes through mmap, so a full disk is a SIGBUS. The guard asks the filesystem before every append and fails
+// it below MinFree; stable writes, which raft cannot bear to fail, wait instead; a ballast file is given up at Open.
+//
+// A StoreLogs call that needed several transactions and failed after the first leaves a log that nobody asked for.
+// Options.OnFatal is told, and from then on every write fails.
+//
+// # Goroutines
+//
+// keep (flush, watermark) and compact, both ended by Close; badger's own. Raft's main goroutine alone calls RaftLog
+// and Stable; raft's FSM goroutine alone calls Append, Configuration and Restore. Everything else may be called from
+// anywhere.
+package store

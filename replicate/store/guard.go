@@ -1,0 +1,151 @@
+package store
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+)
+
+// ErrNoSpace is what an append fails with while the filesystem has less free space than MinFree. Badger would be
+// killed by SIGBUS when it touches a page that the filesystem cannot give (badger#1199, #1801).
+var ErrNoSpace = errors.New("too little free disk space")
+
+const (
+	ballastBytes = 32 << 20
+	// ballastRoom: with less free than this beyond MinFree the filesystem is too small to keep a ballast on.
+	ballastRoom = 10 * ballastBytes
+	// openBytes is what opening the database may write: its memtables become tables.
+	openBytes = 24 << 20
+)
+
+// guard watches the free space under the data directory.
+type guard struct {
+	dir     string
+	min     int64 // 0: no guard
+	ballast string
+	log     *slog.Logger
+	// space is statfs: free bytes for us, and the filesystem's size.
+	space func(dir string) (free, total int64, err error)
+
+	mu      sync.Mutex
+	tripped bool
+}
+
+func newGuard(opt Options, log *slog.Logger) *guard {
+	return &guard{dir: opt.Dir, min: opt.MinFree, ballast: filepath.Join(opt.Dir, ballastName), log: log, space: diskSpace}
+}
+
+// floor is MinFree, less on a small filesystem, where an eighth has to do.
+func (g *guard) floor(total int64) int64 {
+	return min(g.min, max(total/8, openBytes))
+}
+
+// admit is asked before the database is opened. When space is low it gives up the ballast.
+func (g *guard) admit() error {
+	if g.min <= 0 {
+		return nil
+	}
+	free, total, err := g.space(g.dir)
+	if err != nil {
+		return fmt.Errorf("asking for the free space of %s: %w", g.dir, err)
+	}
+	if free < g.floor(total) {
+		if os.Remove(g.ballast) == nil {
+			g.log.Warn("disk space is low: the ballast was given up to be able to start", "dir", g.dir, "free", free)
+		}
+		if free, _, err = g.space(g.dir); err != nil {
+			return fmt.Errorf("asking for the free space of %s: %w", g.dir, err)
+		}
+	}
+	if need := min(g.floor(total), openBytes); free < need {
+		return fmt.Errorf("data directory %s is on a filesystem with %d MiB free, and %d MiB are needed to start: free some space, or choose another data directory: %w",
+			g.dir, free>>20, need>>20, ErrNoSpace)
+	}
+	return nil
+}
+
+// check fails while fewer than floor + size bytes are free.
+func (g *guard) check(size int64) error {
+	if g.min <= 0 {
+		return nil
+	}
+	free, total, err := g.space(g.dir)
+	if err != nil {
+		return fmt.Errorf("asking for the free space of %s: %w", g.dir, err)
+	}
+	need := g.floor(total) + size
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if free >= need {
+		if g.tripped {
+			g.log.Warn("disk space is back: appends are taken again", "dir", g.dir, "free", free)
+		}
+		g.tripped = false
+		return nil
+	}
+	if !g.tripped {
+		g.log.Error("disk space is low: appends are refused until some is freed", "dir", g.dir, "free", free, "needed", need)
+	}
+	g.tripped = true
+	if free < need/4 && os.Remove(g.ballast) == nil {
+		g.log.Warn("disk space is very low: the ballast was given up", "dir", g.dir)
+	}
+	return fmt.Errorf("%w: %d MiB free under %s, %d MiB must stay free", ErrNoSpace, free>>20, g.dir, need>>20)
+}
+
+// wait returns when a few bytes can be written safely, or stop is closed. Raft panics when its stable store fails.
+func (g *guard) wait(stop <-chan struct{}) bool {
+	if g.min <= 0 {
+		return true
+	}
+	for {
+		free, total, err := g.space(g.dir)
+		if err == nil && free >= g.floor(total)/8 {
+			return true
+		}
+		g.mu.Lock()
+		if os.Remove(g.ballast) == nil {
+			g.log.Warn("disk space is very low: the ballast was given up", "dir", g.dir)
+		}
+		g.mu.Unlock()
+		select {
+		case <-stop:
+			return false
+		case <-time.After(100 * time.Millisecond):
+		}
+	}
+}
+
+// inflate creates the ballast if the filesystem has plenty of room.
+func (g *guard) inflate() {
+	if g.min <= 0 {
+		return
+	}
+	if info, err := os.Stat(g.ballast); err == nil && info.Size() == ballastBytes {
+		return
+	}
+	free, total, err := g.space(g.dir)
+	if err != nil || free < g.floor(total)+ballastRoom {
+		return
+	}
+	f, err := os.OpenFile(g.ballast, os.O_RDWR|os.O_CREATE|os.O_TRUNC, 0o600)
+	if err != nil {
+		g.log.Debug("creating the ballast", "err", err)
+		return
+	}
+	if err := errors.Join(allocate(f, ballastBytes), f.Close()); err != nil {
+		g.log.Debug("creating the ballast", "err", err)
+		os.Remove(g.ballast)
+	}
+}
+
+func (s *Store) checkSpace() error {
+	if s.files == nil {
+		return nil
+	}
+	return s.files.guard.check(0)
+}

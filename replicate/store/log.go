@@ -1,0 +1,375 @@
+package store
+
+import (
+	"errors"
+	"fmt"
+	"math"
+	"time"
+
+	badger "github.com/dgraph-io/badger/v4"
+)
+
+const allOfTail = math.MaxUint64
+
+// errClosing: the store is being closed; what was not applied will be replayed.
+var errClosing = errors.New("the store is closing")
+
+// tailEntry is an applied entry that has not been flushed.
+type tailEntry struct {
+	index, term             uint64
+	entryTerm, nextSequence uint64
+	configuration           []byte // nil unless the entry is one
+	records                 []Record
+	offsets                 []int64
+	bytes                   int
+}
+
+// Append applies an entry: its records get their offsets and join the tail. Records are kept, not copied. An entry
+// that does not count is appended without records. It waits while the tail is full, and fails once the store is
+// closing or broken; after a failure nothing may be appended any more.
+func (s *Store) Append(index, term, entryTerm, nextSequence uint64, records []Record) error {
+	e := tailEntry{index: index, term: term, entryTerm: entryTerm, nextSequence: nextSequence, records: records}
+	return s.appendTail(e)
+}
+
+// Configuration applies a change of raft's membership.
+func (s *Store) Configuration(index, term uint64, encoded []byte) error {
+	s.mu.Lock()
+	e := tailEntry{index: index, term: term, entryTerm: s.current.EntryTerm, nextSequence: s.current.NextSequence, configuration: encoded}
+	s.mu.Unlock()
+	return s.appendTail(e)
+}
+
+func (s *Store) appendTail(e tailEntry) error {
+	e.bytes = 64
+	for i := range e.records {
+		e.bytes += len(e.records[i].Key) + len(e.records[i].Value) + 48
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for s.tailBytes > tailMaxBytes && !s.closing && s.Err() == nil {
+		s.wake()
+		s.room.Wait()
+	}
+	if s.closing {
+		return errClosing
+	}
+	if err := s.Err(); err != nil {
+		return err
+	}
+	e.offsets = make([]int64, len(e.records))
+	for i := range e.records {
+		e.offsets[i] = s.current.place(e.records[i].Partition)
+	}
+	s.current.advance(&e)
+	s.tail = append(s.tail, e)
+	s.tailBytes += e.bytes
+	if s.tailBytes >= flushBytes {
+		s.wake()
+	}
+	return nil
+}
+
+// place takes a partition's next offset.
+func (s *State) place(partition int32) int64 {
+	if partition < 0 {
+		return -1
+	}
+	offset := s.Next[partition]
+	s.Next[partition] = offset + 1
+	return offset
+}
+
+func (s *State) advance(e *tailEntry) {
+	s.Index, s.Term = e.index, e.term
+	s.EntryTerm, s.NextSequence = e.entryTerm, e.nextSequence
+	if e.configuration != nil {
+		s.Configuration, s.ConfigurationIndex = e.configuration, e.index
+	}
+}
+
+func (s *Store) wake() {
+	select {
+	case s.kick <- struct{}{}:
+	default:
+	}
+}
+
+// Flush writes the tail up to index to the compacted log.
+func (s *Store) Flush(index uint64) error {
+	return s.flush(index)
+}
+
+func (s *Store) flush(index uint64) error {
+	s.flushMu.Lock()
+	defer s.flushMu.Unlock()
+	for {
+		chunk := s.chunk(index)
+		if len(chunk) == 0 {
+			return nil
+		}
+		if err := s.checkSpace(); err != nil {
+			return err
+		}
+		state := s.flushed.clone()
+		written, err := s.write(chunk, &state)
+		if err != nil {
+			return fmt.Errorf("flushing entries %d to %d: %w", chunk[0].index, chunk[len(chunk)-1].index, err)
+		}
+		s.mu.Lock()
+		s.flushed = state
+		for i := range chunk {
+			s.tailBytes -= chunk[i].bytes
+			chunk[i] = tailEntry{} // the array lives on under the rest of the tail
+		}
+		if s.tail = s.tail[len(chunk):]; len(s.tail) == 0 {
+			s.tail = nil
+		}
+		s.room.Broadcast()
+		s.mu.Unlock()
+		s.compactor.wrote(written)
+	}
+}
+
+// chunk is the head of the tail that goes into one transaction: whole entries, at least one.
+func (s *Store) chunk(index uint64) []tailEntry {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	n, bytes, records := 0, 0, 0
+	for n < len(s.tail) && s.tail[n].index <= index {
+		bytes += s.tail[n].bytes
+		records += len(s.tail[n].records)
+		if n > 0 && (bytes > flushTxnBytes || records > MaxEntryRecords) {
+			break
+		}
+		n++
+	}
+	return s.tail[:n:n]
+}
+
+// write puts a chunk into the compacted log and moves state to its end, in one transaction.
+func (s *Store) write(chunk []tailEntry, state *State) (written int64, err error) {
+	now := time.Now().Truncate(time.Millisecond)
+	w := flushWriter{now: now, blocks: map[int32]*block{}, latest: map[string]Stored{}}
+	for i := range chunk {
+		e := &chunk[i]
+		for p := range e.records {
+			w.add(&Stored{Record: e.records[p], Offset: e.offsets[p], Index: e.index, Position: p, Time: now})
+			state.place(e.records[p].Partition)
+		}
+		state.advance(e)
+	}
+	for _, b := range w.blocks {
+		w.cut(b)
+	}
+	err = s.update(func(txn *badger.Txn) error {
+		for _, kv := range w.done {
+			if err := txn.Set(kv[0], kv[1]); err != nil {
+				return err
+			}
+			written += int64(len(kv[1]))
+		}
+		for key, r := range w.latest {
+			k := []byte(key)
+			if err := txn.Set(k, encodeLatest(k, &r)); err != nil {
+				return err
+			}
+		}
+		return txn.Set(appliedKey, seal(appliedKey, state.encode()))
+	})
+	return written, err
+}
+
+// flushWriter gathers what one transaction writes.
+type flushWriter struct {
+	now    time.Time
+	blocks map[int32]*block // being built, by partition
+	done   [][2][]byte
+	latest map[string]Stored
+	key    []byte
+}
+
+func (w *flushWriter) add(r *Stored) {
+	w.key = appendLatestKey(w.key[:0], r.Partition, r.Key)
+	w.latest[string(w.key)] = *r
+	if r.Partition < 0 {
+		return
+	}
+	b := w.blocks[r.Partition]
+	if b == nil {
+		b = &block{partition: r.Partition, time: w.now.UnixMilli()}
+		w.blocks[r.Partition] = b
+	}
+	b.add(r)
+	if len(b.body) >= blockBytes {
+		w.cut(b)
+	}
+}
+
+func (w *flushWriter) cut(b *block) {
+	if b.count == 0 {
+		return
+	}
+	key, value := b.encode()
+	w.done = append(w.done, [2][]byte{key, value})
+	*b = block{partition: b.partition, time: b.time}
+}
+
+// view is a read transaction and the tail that lies upon it.
+func (s *Store) view() (*badger.Txn, []tailEntry) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.db.NewTransaction(false), append([]tailEntry(nil), s.tail...)
+}
+
+// Latest calls yield with the newest record of each key, tombstones left out, flushed log and tail as one, in no
+// order that means anything. The record is yield's to keep. It stops at yield's error, or at damage.
+func (s *Store) Latest(yield func(Record) error) error {
+	s.restoring.RLock()
+	defer s.restoring.RUnlock()
+	txn, tail := s.view()
+	defer txn.Discard()
+	newer := map[string]*Record{}
+	for i := range tail {
+		for p := range tail[i].records {
+			r := &tail[i].records[p]
+			newer[string(appendLatestKey(nil, r.Partition, r.Key))] = r
+		}
+	}
+	opt := badger.DefaultIteratorOptions
+	opt.Prefix = []byte{rangeLatest, shard}
+	it := txn.NewIterator(opt)
+	defer it.Close()
+	for it.Rewind(); it.Valid(); it.Next() {
+		item := it.Item()
+		if _, ok := newer[string(item.Key())]; ok && len(newer) > 0 {
+			continue
+		}
+		var record Record
+		err := item.Value(func(v []byte) (err error) {
+			record, err = s.keepLatest(txn, item.Key(), v)
+			return err
+		})
+		if err != nil {
+			return s.damagedRecord(item.Key(), err)
+		}
+		if record.Value == nil {
+			continue
+		}
+		if err := yield(record); err != nil {
+			return err
+		}
+	}
+	for _, r := range newer {
+		if r.Value == nil {
+			continue
+		}
+		if err := yield(*r); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (s *Store) damagedRecord(key []byte, err error) error {
+	partition, name := latestKeyParts(key)
+	return &DamagedError{Dir: s.opt.Dir, Reason: fmt.Sprintf("the newest record of key %q in partition %d cannot be read", name, partition), Err: err}
+}
+
+// keepLatest decodes a value of latest into memory of its own.
+func (s *Store) keepLatest(txn *badger.Txn, key, value []byte) (Record, error) {
+	st, inLog, err := decodeLatest(key, value)
+	if err != nil {
+		return Record{}, err
+	}
+	if inLog {
+		found, err := readAt(txn, st.Partition, st.Offset)
+		if err != nil {
+			return Record{}, err
+		}
+		st.Value = found.Value
+	}
+	if st.Value == nil {
+		return Record{}, nil
+	}
+	both := append(make([]byte, 0, len(st.Key)+len(st.Value)), st.Key...)
+	both = append(both, st.Value...)
+	n := len(st.Key)
+	return Record{Partition: st.Partition, Key: both[:n:n], Value: both[n:]}, nil
+}
+
+// readAt finds the record at an offset of the flushed log.
+func readAt(txn *badger.Txn, partition int32, offset int64) (found Stored, err error) {
+	ok := false
+	err = scanLog(txn, partition, offset, func(r *Stored) bool {
+		found, ok = *r, r.Offset == offset
+		return false
+	})
+	if err == nil && !ok {
+		err = fmt.Errorf("no record at offset %d", offset)
+	}
+	return found, err
+}
+
+// scanLog yields the flushed records of a partition from an offset on; they are copies.
+func scanLog(txn *badger.Txn, partition int32, from int64, yield func(*Stored) bool) error {
+	opt := badger.DefaultIteratorOptions
+	opt.Reverse = true
+	opt.PrefetchValues = false
+	opt.Prefix = partitionPrefix(rangeLog, partition)
+	back := txn.NewIterator(opt)
+	back.Seek(logKey(partition, from))
+	start := from
+	if back.Valid() {
+		start = logKeyOffset(back.Item().Key()) // the block that begins at or before from
+	}
+	back.Close()
+
+	opt.Reverse = false
+	it := txn.NewIterator(opt)
+	defer it.Close()
+	for it.Seek(logKey(partition, start)); it.Valid(); it.Next() {
+		value, err := it.Item().ValueCopy(nil)
+		if err != nil {
+			return err
+		}
+		more := true
+		err = decodeBlock(it.Item().KeyCopy(nil), value, func(r *Stored) bool {
+			more = r.Offset < from || yield(r)
+			return more
+		})
+		if err != nil || !more {
+			return err
+		}
+	}
+	return nil
+}
+
+// Read yields the records of a partition from an offset on, in order, flushed log and tail as one, until yield returns
+// false. Offsets that compaction has removed are gaps. The records are yield's to keep, not to change.
+func (s *Store) Read(partition int32, from int64, yield func(Stored) bool) error {
+	s.restoring.RLock()
+	defer s.restoring.RUnlock()
+	txn, tail := s.view()
+	defer txn.Discard()
+	more, next := true, from
+	err := scanLog(txn, partition, from, func(r *Stored) bool {
+		next = r.Offset + 1
+		more = yield(*r)
+		return more
+	})
+	if err != nil {
+		return fmt.Errorf("reading partition %d from offset %d: %w", partition, from, err)
+	}
+	for i := range tail {
+		for p, r := range tail[i].records {
+			if r.Partition != partition || tail[i].offsets[p] < next {
+				continue
+			}
+			if !more || !yield(Stored{Record: r, Offset: tail[i].offsets[p], Index: tail[i].index, Position: p}) {
+				return nil
+			}
+		}
+	}
+	return nil
+}
