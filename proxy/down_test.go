@@ -7,6 +7,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/offset-sidecar/offset-sidecar/proxy/wire"
 	"github.com/offset-sidecar/offset-sidecar/upstream"
 	"github.com/twmb/franz-go/pkg/kmsg"
 )
@@ -264,13 +265,14 @@ func TestStalledUpstreamClosesTheConnection(t *testing.T) {
 // A client that does not read for longer than any time-out is no error.
 func TestPausedClientIsLeftAlone(t *testing.T) {
 	const size = 32 << 20
-	b := newBroker(t, 1, func(r request) []byte { return r.reply(make([]byte, size)) })
+	large := request{RequestHeader: wire.RequestHeader{CorrelationID: 1}}.reply(make([]byte, size))
+	b := newBroker(t, 1, func(request) []byte { return large })
 	c := config(b.addr())
-	c.UpstreamTimeout = 200 * time.Millisecond
+	c.UpstreamTimeout = time.Second
 	s := start(t, c, func(s *side) { s.brokers.set(b.broker()) })
 	cl := dial(t, s.Addrs()[1])
 	cl.sendBytes(frame(2, 0, 1, nil))
-	time.Sleep(time.Second)
+	time.Sleep(2500 * time.Millisecond) // the pause
 	if id, body := cl.receive(); id != 1 || len(body) != size {
 		t.Fatalf("%d, %d bytes", id, len(body))
 	}

@@ -129,9 +129,12 @@ func (c *conn) reply(s *slot) error {
 	switch s.kind {
 	case slotCalled:
 		for s.response == nil {
-			response, until := s.call.result(time.Now())
+			response, until, err := s.call.result(time.Now())
 			if response == nil {
-				if err := c.sleep(s, nil, until); err != nil {
+				if err == nil {
+					err = c.sleep(s, nil, until)
+				}
+				if err != nil {
 					return err
 				}
 				continue

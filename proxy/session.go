@@ -1,6 +1,7 @@
 package proxy
 
 import (
+	"net"
 	"slices"
 	"sync"
 	"time"
@@ -165,29 +166,31 @@ func (s *session) answer(c *call, response kmsg.Response) {
 	}
 }
 
-// done says whether there is an answer.
+// done says whether there is an answer, or will never be one.
 func (c *call) done() bool {
 	c.session.mu.Lock()
 	defer c.session.mu.Unlock()
-	return c.answered
+	return c.answered || c.session.closed && !c.flying
 }
 
-// result gives the response to a call if there is one, else by when there must be; a zero time: whenever it comes.
-// What is late is answered as Kafka does and not sent again; it may have been executed.
-func (c *call) result(now time.Time) (kmsg.Response, time.Time) {
+// result gives the response to a call if there is one, else by when there must be; a zero time: whenever it comes. What
+// is late is answered as Kafka does and not sent again; it may have been executed. The error says that nobody waits.
+func (c *call) result(now time.Time) (kmsg.Response, time.Time, error) {
 	s := c.session
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	switch {
 	case c.answered:
-		return c.response, time.Time{}
+		return c.response, time.Time{}, nil
+	case s.closed && !c.flying:
+		return nil, time.Time{}, net.ErrClosed
 	case c.heldOnly && c.flying:
-		return nil, time.Time{}
+		return nil, time.Time{}, nil
 	case now.Before(c.deadline):
-		return nil, c.deadline
+		return nil, c.deadline, nil
 	}
 	s.answer(c, core.ErrorResponse(c.request, coordinator.TimeoutCode(c.request)))
-	return c.response, time.Time{}
+	return c.response, time.Time{}, nil
 }
 
 // drop forgets what is held: nobody waits for it any more.
@@ -197,6 +200,7 @@ func (s *session) drop() {
 	s.unanswered = nil
 	s.mu.Unlock()
 	s.proxy.held.remove(s)
+	s.wake()
 }
 
 // heldSessions are the sessions that wait for an active coordinator.
