@@ -152,7 +152,11 @@ func (g *group) swapOffset(k recordKey, value []byte) (previous []byte) {
 	return previous
 }
 
+// addGroup gives the place of a group, which may be there for no more than a sighting.
 func (s *State) addGroup(id string) *group {
+	if g := s.groups[id]; g != nil {
+		return g
+	}
 	g := &group{id: id, partition: PartitionOf(id)}
 	s.groups[id] = g
 	return g

@@ -278,16 +278,17 @@ func (m *member) matches(protocols []protocol) bool {
 	})
 }
 
-// stabilized gives the group of a join round (c) the assignments that its leader has sent since.
-func (c *classic) stabilized(by *classic) *classic {
-	c.state, c.since, c.leader = stable, by.since, by.leader
+// enrich adds to a group that was read from its GroupMetadataValue what only the record of its join round has: all
+// protocols of the members, and how they came by their ids. Membership stays as it was: an append that was cut off
+// between the two records may have left the round a step ahead.
+func (c *classic) enrich(round *classic) {
 	for _, m := range c.members {
-		m.awaitsSync = false
-		if b := by.byID[m.id]; b != nil {
-			m.assignment = b.assignment
+		if r := round.byID[m.id]; r != nil {
+			c.count(m, -1)
+			m.protocols, m.origin = r.protocols, r.origin
+			c.count(m, 1)
 		}
 	}
-	return c
 }
 
 // subscribedTopics is the union of the members' subscriptions, nil if it cannot be known: no consumers, or metadata that

@@ -20,8 +20,12 @@ func (s *State) expireOffsets() {
 	for len(s.sweep) > 0 && len(s.eff.Records) < sweepRecords {
 		g := s.groups[s.sweep[0]]
 		s.sweep = s.sweep[1:]
-		if g != nil && g.exists() {
+		switch {
+		case g == nil:
+		case g.exists():
 			s.expireGroup(g)
+		default:
+			s.deleteGroupItself(g) // a sighting of a group that is gone
 		}
 	}
 	next := s.cfg.OffsetsRetentionCheck
@@ -32,7 +36,7 @@ func (s *State) expireOffsets() {
 }
 
 func (s *State) expireGroup(g *group) {
-	if s.noteSeen(g); g.offsets != nil && !s.expireGroupOffsets(g) {
+	if s.noteSeen(g); len(g.offsets) > 0 && !s.expireGroupOffsets(g) {
 		return
 	}
 	if c := g.view(); c.state == empty && len(c.pending) == 0 {
@@ -94,9 +98,22 @@ func (g *group) seenRecord() int64 {
 	return r.int64()
 }
 
-// noteSeen yields the record of a sighting that is a grain newer than the one noted last.
+// noteSeen yields the record of a sighting that is a grain newer than the one noted last, if the group has an offset
+// that needs it: one that was not committed anew meanwhile.
 func (s *State) noteSeen(g *group) {
-	if len(g.offsets) == 0 || g.seen == 0 || g.seen-g.seenRecord() < s.seenGrain().Milliseconds() {
+	grain := s.seenGrain().Milliseconds()
+	if len(g.offsets) == 0 || g.seen-g.seenRecord() < grain {
+		return
+	}
+	oldest := g.seen
+	for _, t := range g.offsets {
+		for _, p := range t.list {
+			if o, ok := decodeOffset(p.value); ok {
+				oldest = min(oldest, o.committed)
+			}
+		}
+	}
+	if g.seen-oldest < grain {
 		return
 	}
 	value := binary.BigEndian.AppendUint16(nil, uint16(seenVersion))

@@ -109,7 +109,7 @@ func (s *State) derive(g *group) {
 			case !ok || r.generation > c.generation:
 				c, ok = r, true
 			case r.generation == c.generation && c.state == stable:
-				c = r.stabilized(c)
+				c.enrich(r)
 			}
 		}
 	}
