@@ -139,7 +139,7 @@ func TestConfigPrintShowsEachValueAndWhereItComesFrom(t *testing.T) {
 	for _, want := range []string{
 		`(?m)^upstream: a:9092,b:9092 +# ` + regexp.QuoteMeta(file) + `$`,
 		`(?m)^commit-timeout: 7s +# ` + regexp.QuoteMeta(file) + `$`,
-		`(?m)^max-inflight: "?4"? +# OFFSET_SIDECAR_MAX_INFLIGHT$`,
+		`(?m)^max-inflight: 4 +# OFFSET_SIDECAR_MAX_INFLIGHT$`,
 		`(?m)^log-level: debug +# --log-level$`,
 		`(?m)^listen: 127.0.0.1:19092 +# default$`,
 		`(?m)^# data-dir: +# default: /.*offset-sidecar/default$`,

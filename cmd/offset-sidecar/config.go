@@ -165,13 +165,22 @@ func (c *Config) print(verb string, write func(format string, args ...any)) {
 			continue
 		}
 		o := c.origins[s.name]
-		value, err := yaml.Marshal(o.value)
-		if err != nil { // a string always can
-			value = []byte(strconv.Quote(o.value))
+		value := o.value
+		if _, err := strconv.Atoi(value); err != nil { // a number needs no quotes
+			if quoted, err := yaml.Marshal(value); err == nil {
+				value = strings.TrimSpace(string(quoted))
+			}
 		}
-		note, line := "", s.name+": "+strings.TrimSpace(string(value))
+		note, line := "", s.name+": "+value
 		if o.value == "" {
-			line, note = "# "+s.name+":", s.whenEmpty(c)
+			line = "# " + s.name + ":"
+			meaning := s.empty[verb]
+			if s.name == "data-dir" && c.DataDir != "" {
+				meaning = c.DataDir
+			}
+			if meaning != "" {
+				note = ": " + meaning
+			}
 		}
 		write("%-44s # %s%s\n", line, o.from, note)
 	}

@@ -3,6 +3,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -112,16 +113,30 @@ func unknownVerb(c *cli.Context) error {
 
 // flags makes the command line's form of the settings that a verb has.
 func flags(verb string) []cli.Flag {
-	all := []cli.Flag{&cli.StringFlag{Name: "config", Usage: "YAML `FILE` of settings"}}
+	all := []cli.Flag{&cli.StringFlag{Name: "config", Usage: "YAML `FILE` with settings, by the names below"}}
 	for i := range settings {
 		s := &settings[i]
 		if s.in(verb) {
-			all = append(all, &cli.GenericFlag{
-				Name: s.name, Usage: fmt.Sprintf("%s: `%s`", s.usage, s.arg), Value: &flagValue{setting: s}, DefaultText: s.defaultFor(verb),
-			})
+			flag := &cli.GenericFlag{Name: s.name, Usage: s.usage, Value: &flagValue{setting: s}, DefaultText: cmp.Or(s.defaultFor(verb), s.empty[verb])}
+			all = append(all, settingFlag{flag, s})
 		}
 	}
 	return all
+}
+
+// settingFlag is a flag with a help line of our own.
+type settingFlag struct {
+	*cli.GenericFlag
+	setting *setting
+}
+
+// String is the flag's line in the help: its two columns have a tab between them.
+func (f settingFlag) String() string {
+	line := fmt.Sprintf("--%s %s\t%s", f.Name, f.setting.arg, f.Usage)
+	if f.DefaultText != "" {
+		line += " (default: " + f.DefaultText + ")"
+	}
+	return line
 }
 
 // flagValue takes a flag's text as it was written; loadConfig reads it.

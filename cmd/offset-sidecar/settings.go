@@ -20,7 +20,7 @@ type setting struct {
 	list  bool              // a flag that may be repeated; values are joined with commas
 	arg   string            // placeholder in the help
 	usage string
-	empty string // what an empty value means
+	empty map[string]string // what an empty default means, by verb
 	set   func(c *Config, value string) error
 }
 
@@ -37,29 +37,20 @@ func (s *setting) defaultFor(verb string) string {
 	return s.value
 }
 
-func (s *setting) whenEmpty(c *Config) string {
-	if s.name == "data-dir" && c.DataDir != "" {
-		return ": " + c.DataDir
-	}
-	if s.empty != "" {
-		return ": " + s.empty
-	}
-	return ""
-}
-
 // settings is the one table of everything that can be set, in the order of the help.
 var settings = []setting{
-	{name: "upstream", list: true, arg: "HOST:PORT[,…]", not: []string{"dev"}, empty: "must be given",
+	{name: "upstream", list: true, arg: "HOST:PORT[,…]", not: []string{"dev"},
 		usage: "brokers of the Kafka cluster to stand in front of",
 		set:   func(c *Config, v string) error { return hostPorts(&c.Upstream.Seeds, v) }},
 	{name: "listen", value: "127.0.0.1:19092", arg: "ADDR:PORT",
 		usage: "where clients connect: their bootstrap.servers. Each broker gets a port of its own above it",
 		set:   func(c *Config, v string) error { return listenAddr(&c.Proxy.Listen, v, false) }},
-	{name: "advertise-clients", arg: "HOST", empty: "127.0.0.1",
+	{name: "advertise-clients", arg: "HOST", empty: map[string]string{"dev": "127.0.0.1", "run": "127.0.0.1"},
 		usage: "host that clients are told; needed when --listen is not on loopback",
 		set:   func(c *Config, v string) error { return host(&c.Proxy.AdvertiseHost, v) }},
-	{name: "data-dir", arg: "DIR", empty: "in memory",
-		usage: "where offsets are kept (run: default $XDG_STATE_HOME/offset-sidecar/CLUSTER, as root /var/lib/offset-sidecar/CLUSTER; dev: in memory)",
+	{name: "data-dir", arg: "DIR",
+		empty: map[string]string{"dev": "in memory", "run": "$XDG_STATE_HOME or ~/.local/state, /offset-sidecar/CLUSTER; as root /var/lib/offset-sidecar/CLUSTER"},
+		usage: "where offsets are kept",
 		set:   func(c *Config, v string) error { c.DataDir = v; return nil }},
 	{name: "cluster", value: "default", arg: "NAME",
 		usage: "name of this sidecar's data, one for each application",

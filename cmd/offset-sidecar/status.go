@@ -9,6 +9,8 @@ import (
 	"time"
 
 	"github.com/offset-sidecar/offset-sidecar/admin"
+	"github.com/offset-sidecar/offset-sidecar/coordinator"
+	"github.com/twmb/franz-go/pkg/kmsg"
 )
 
 // probe is what the HTTP servers ask of this sidecar.
@@ -54,12 +56,18 @@ func (s *Sidecar) checkUpstream() admin.Check {
 	return admin.Check{Name: "upstream", OK: true, Detail: fmt.Sprintf("%d brokers, last asked %v ago", len(known.Brokers), time.Since(known.At).Round(time.Second))}
 }
 
-// coordinatorAlive is the check of /livez: only a restart brings back a coordinator whose loop has ended.
+// coordinatorAlive is the check of /livez: the coordinator's loop takes a request and gives it back. It is meant for a
+// term that never is, so that the answer does not depend on who is active or on the disk. Only a restart brings back a
+// loop that has ended.
 func (s *Sidecar) coordinatorAlive() error {
 	if err := s.coordinatorErr(); err != nil {
 		return errors.New("the coordinator has stopped: " + err.Error())
 	}
-	s.coordinator.Status()
+	taken := make(chan struct{})
+	s.coordinator.Submit(&coordinator.Request{
+		Body: kmsg.NewPtrHeartbeatRequest(), Done: func(kmsg.Response, error) { close(taken) },
+	})
+	<-taken
 	return nil
 }
 
