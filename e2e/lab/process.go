@@ -173,7 +173,12 @@ func (p *Process) Wait(within time.Duration) (int, error) {
 	select {
 	case <-p.done:
 	case <-time.After(within):
-		return -1, fmt.Errorf("%s has not ended within %s:\n%s", p.Name, within, p.Tail(30))
+		_ = p.Signal(syscall.SIGQUIT) // Go and Java print their threads
+		select {
+		case <-p.done:
+		case <-time.After(2 * time.Second):
+		}
+		return -1, fmt.Errorf("%s has not ended within %s:\n%s", p.Name, within, p.Tail(400))
 	}
 	var exit *exec.ExitError
 	if p.err != nil && !errors.As(p.err, &exit) {
