@@ -1,12 +1,14 @@
 package coordinator
 
 import (
+	"errors"
 	"slices"
 	"time"
 
 	"github.com/offset-sidecar/offset-sidecar/coordinator/group"
 	"github.com/offset-sidecar/offset-sidecar/replicate"
 	"github.com/offset-sidecar/offset-sidecar/tracing"
+	"github.com/twmb/franz-go/pkg/kerr"
 )
 
 // entryRequests bounds how many Steps with records one entry takes, besides replicate.EntryBytes.
@@ -120,6 +122,9 @@ func (c *Coordinator) handleEvent(event replicate.Event) error {
 	case replicate.Failed:
 		if a := c.activation; a != nil && a.term == event.Term {
 			c.logger.Warn("an entry could not be appended", "term", event.Term, "sequence", event.Sequence, "err", event.Err)
+			if errors.Is(event.Err, replicate.ErrEntryTooLarge) {
+				c.refuseEntry(event.Sequence)
+			}
 			c.endActivation("an entry could not be appended")
 		}
 	case replicate.Active:
@@ -130,6 +135,22 @@ func (c *Coordinator) handleEvent(event replicate.Event) error {
 		}
 	}
 	return nil
+}
+
+// refuseEntry answers the requests of an entry that can never be appended. Given back, they would come again, and end
+// every activation to come. The core keeps to the log's limits, so this is its last resort.
+func (c *Coordinator) refuseEntry(sequence uint64) {
+	for _, e := range c.activation.flight {
+		if e.sequence != sequence {
+			continue
+		}
+		for _, h := range e.replies {
+			if r, live := c.calls[h.reply.Call]; live && !h.answered {
+				h.reply.Response = group.ErrorResponse(r.Body, kerr.UnknownServerError.Code)
+				c.answer(h)
+			}
+		}
+	}
 }
 
 // handleApplied releases the replies of the entry at the head of the queue. Whatever else the log delivers is applied;

@@ -327,6 +327,19 @@ func TestAFailedAppendEndsTheTermForGood(t *testing.T) {
 	})
 }
 
+func TestARequestThatCannotBeAppendedIsNotResent(t *testing.T) {
+	bubble(t, &onlyOrders{}, func(c *Coordinator, h *hand) {
+		s := newSession(c, 1)
+		tooLarge := s.submit(commit("orders", 5))
+		e := h.mustTake()
+		h.event(replicate.Event{Kind: replicate.Failed, Term: 1, Sequence: e.Sequence, Err: replicate.ErrEntryTooLarge})
+		tooLarge.is(t, "UNKNOWN_SERVER_ERROR")
+		if c.Status().Active {
+			t.Error("still active in a term that has ended")
+		}
+	})
+}
+
 func TestAResentCommitIsExecutedOnce(t *testing.T) {
 	bubble(t, &onlyOrders{}, func(c *Coordinator, h *hand) {
 		s, newer := newSession(c, 1), newSession(c, 2)
