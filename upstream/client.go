@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math"
 	"net"
 	"slices"
 	"strings"
@@ -26,10 +27,15 @@ const (
 	firstPause    = 250 * time.Millisecond // after an error; doubles
 	longestPause  = 5 * time.Second
 	dialTimeout   = 3 * time.Second
-	askTimeout    = 10 * time.Second
+	askTimeout    = 5 * time.Second
+	hedgeAfter    = 200 * time.Millisecond // without a reply another broker is asked as well
+	maxHedges     = 8
+	retries       = 16              // of one question, where a broker refuses the connection: each asks another broker
 	remindEvery   = 5 * time.Minute // between two log lines while the upstream stays away
 	maxReplyBytes = 64 << 20
 )
+
+const noBroker = math.MaxInt32
 
 // Config says where the upstream is.
 type Config struct {
@@ -70,6 +76,7 @@ type Client struct {
 	once      sync.Once // closes closed
 
 	metadataVersion atomic.Int32 // of the last reply; -1 before
+	answered        atomic.Int32 // the broker that has answered last, by kgo's numbers; noBroker when it failed since
 	topics          table
 	asking          asking
 
@@ -104,9 +111,9 @@ func New(c Config) (*Client, error) {
 		kgo.DisableClientMetrics(),
 		kgo.MetadataMaxAge(time.Hour), // kgo's own refresh; ours is Run
 		kgo.MetadataMinAge(nudgedAfter),
-		kgo.RequestRetries(max(4, 2*len(c.Seeds))),
+		kgo.RequestRetries(max(retries, 2*len(c.Seeds))),
 		kgo.RetryTimeout(askTimeout),
-		kgo.RetryBackoffFn(func(tries int) time.Duration { return min(time.Duration(tries)*50*time.Millisecond, time.Second) }),
+		kgo.RetryBackoffFn(func(tries int) time.Duration { return time.Duration(tries) * 10 * time.Millisecond }),
 		kgo.RequestTimeoutOverhead(dialTimeout),
 		kgo.BrokerMaxReadBytes(maxReplyBytes),
 	)
@@ -127,6 +134,7 @@ func New(c Config) (*Client, error) {
 	}
 	client.brokers.Store(&Brokers{ControllerID: -1})
 	client.metadataVersion.Store(-1)
+	client.answered.Store(noBroker)
 	return client, nil
 }
 
@@ -221,7 +229,7 @@ func (c *Client) metadata(ctx context.Context, req *kmsg.MetadataRequest) (*kmsg
 	defer cancel()
 	req.AllowAutoTopicCreation = false
 	asked := time.Now()
-	resp, err := req.RequestWith(ctx, c.kafka)
+	resp, err := c.hedge(ctx, req)
 	if err != nil {
 		return nil, err
 	}
@@ -234,6 +242,59 @@ func (c *Client) metadata(ctx context.Context, req *kmsg.MetadataRequest) (*kmsg
 	c.metadataVersion.Store(int32(resp.Version))
 	c.learn(resp, asked)
 	return resp, nil
+}
+
+// hedge asks the broker that has answered last, and another whenever none has answered for a while: a broker may be
+// silent (its host gone, its packets dropped) where a dead process would refuse. A question that is no longer waited
+// for ends by itself: kgo gives it up when its broker's dial or read times out, or when the client closes.
+func (c *Client) hedge(ctx context.Context, req *kmsg.MetadataRequest) (*kmsg.MetadataResponse, error) {
+	ctx, cancel := context.WithCancel(ctx)
+	replies := make(chan kgo.ResponseShard, maxHedges)
+	asking, asked := 0, 0
+	defer cancel()
+	ask := func(broker int32) {
+		own := *req // kgo writes its version into it
+		asking++
+		asked++
+		go func() { replies <- c.askOne(ctx, broker, &own) }()
+	}
+	first := c.answered.Load()
+	ask(first)
+	again := time.NewTicker(hedgeAfter)
+	defer again.Stop()
+	for {
+		select {
+		case r := <-replies:
+			if r.Err == nil {
+				c.answered.Store(r.Meta.NodeID)
+				return r.Resp.(*kmsg.MetadataResponse), nil
+			}
+			if c.answered.CompareAndSwap(r.Meta.NodeID, noBroker) && ctx.Err() == nil && asked < maxHedges {
+				ask(noBroker)
+			}
+			if asking--; asking == 0 {
+				return nil, r.Err
+			}
+		case <-again.C:
+			if asked == maxHedges {
+				continue
+			}
+			next := c.answered.Load() // meanwhile another question may have found one
+			if next == first {
+				next = noBroker
+			}
+			ask(next)
+		}
+	}
+}
+
+// askOne asks that broker, or the one whose turn it is: then kgo goes on to the next until one does not refuse.
+func (c *Client) askOne(ctx context.Context, broker int32, req *kmsg.MetadataRequest) kgo.ResponseShard {
+	if broker == noBroker {
+		return c.kafka.RequestSharded(ctx, req)[0]
+	}
+	resp, err := c.kafka.Broker(int(broker)).Request(ctx, req)
+	return kgo.ResponseShard{Meta: kgo.BrokerMetadata{NodeID: broker}, Resp: resp, Err: err}
 }
 
 // learn keeps the brokers of a reply and tells of a change. Replies may come out of order, as brokers and topics are
@@ -280,8 +341,11 @@ func (c *Client) failed(err error) {
 		return
 	}
 	c.remindedAt = now
-	c.log.Warn("upstream cannot be asked for its brokers, trying on; is this the address of a Kafka broker?",
-		"upstream", strings.Join(c.seeds, ","), "since", c.failingSince.Format(time.RFC3339), "error", err)
+	what := "upstream cannot be reached, trying on"
+	if dial := (*net.OpError)(nil); !errors.As(err, &dial) || dial.Op != "dial" {
+		what = "upstream does not answer as a Kafka broker does, trying on"
+	}
+	c.log.Warn(what, "upstream", strings.Join(c.seeds, ","), "since", c.failingSince.Format(time.RFC3339), "error", err)
 }
 
 func (c *Client) succeeded() {
