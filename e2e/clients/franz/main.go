@@ -14,7 +14,6 @@ import (
 	"sync"
 	"time"
 
-	"github.com/twmb/franz-go/pkg/kadm"
 	"github.com/twmb/franz-go/pkg/kgo"
 )
 
@@ -27,8 +26,6 @@ func main() {
 		err = produce(bootstrap, topic, rest[0], rest[1])
 	case "consume":
 		err = consume(bootstrap, topic, rest[0], rest[1])
-	case "topic":
-		err = createTopic(bootstrap, topic, rest[0])
 	case "transact":
 		err = transact(bootstrap, topic, rest[0])
 	default:
@@ -45,21 +42,6 @@ func options(bootstrap string) []kgo.Opt {
 		kgo.WithLogger(kgo.BasicLogger(os.Stderr, kgo.LogLevelWarn, nil)),
 		kgo.MetadataMaxAge(5 * time.Second),
 	}
-}
-
-// createTopic is for scripts without a Kafka tool at hand.
-func createTopic(bootstrap, topic, partitions string) error {
-	cl, err := kgo.NewClient(options(bootstrap)...)
-	if err != nil {
-		return err
-	}
-	defer cl.Close()
-	n, err := strconv.ParseInt(partitions, 10, 32)
-	if err != nil {
-		return err
-	}
-	_, err = kadm.NewClient(cl).CreateTopic(context.Background(), int32(n), 1, nil, topic)
-	return err
 }
 
 func produce(bootstrap, topic, from, to string) error {
