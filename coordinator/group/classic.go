@@ -279,10 +279,14 @@ func (m *member) matches(protocols []protocol) bool {
 }
 
 // enrich adds to a group that was read from its GroupMetadataValue what only the record of its join round has: all
-// protocols of the members, and how they came by their ids. Membership stays as it was: an append that was cut off
-// between the two records may have left the round a step ahead.
-func (c *classic) enrich(round *classic) {
-	for _, m := range c.members {
+// protocols of the members, how they came by their ids, and, if departed, who has gone since. Else membership stays as
+// it was: an append that was cut off between the two records may have left the round a step ahead.
+func (c *classic) enrich(round *classic, departed bool) {
+	for _, m := range slices.Clone(c.members) {
+		if departed && round.byID[m.id] == nil {
+			c.remove(m)
+			continue
+		}
 		if r := round.byID[m.id]; r != nil {
 			c.count(m, -1)
 			m.protocols, m.origin = r.protocols, r.origin

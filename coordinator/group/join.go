@@ -2,6 +2,7 @@ package group
 
 import (
 	"bytes"
+	"slices"
 	"time"
 
 	"github.com/twmb/franz-go/pkg/kmsg"
@@ -303,4 +304,7 @@ func (s *State) removeMember(c *classic, m *member) {
 	s.releaseSync(m, syncError(m.sync.version, errUnknownMember))
 	s.timers.cancel(&m.session)
 	c.remove(m)
+	if g := m.session.g; !m.isNew && !slices.Contains(s.departed, g) {
+		s.departed = append(s.departed, g)
+	}
 }

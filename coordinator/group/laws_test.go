@@ -176,7 +176,10 @@ func (s *simulation) note(e Effects) {
 		case k.kind == keyGroup && r.Value == nil:
 			s.deleted[id]++
 		case k.kind == keyRound && r.Value != nil:
-			c, _ := decodeRound(r.Value)
+			c, departed, _ := decodeRound(r.Value)
+			if departed {
+				continue
+			}
 			at := fmt.Sprintf("%s %d generation %d", id, s.deleted[id], c.generation)
 			was := s.rounds[at]
 			if now := durable(c); was == "" {

@@ -111,6 +111,19 @@ func (s *State) completeJoin(g *group) {
 	s.timers.arm(&c.syncPhase, s.now, c.rebalanceTimeout())
 }
 
+// noteDepartures keeps in mind who has gone, while the others are still asked to join again. Joins are sent again after a
+// failover; who left, or was not heard of, must not come back and be waited for.
+//
+// Unlike Kafka: there a member that has left is back after a failover, until its session times out.
+func (s *State) noteDepartures() {
+	for _, g := range s.departed {
+		if g.live != nil && g.live.state == preparingRebalance {
+			s.putRound(g)
+		}
+	}
+	s.departed = s.departed[:0]
+}
+
 func (s *State) putRound(g *group) {
 	key := groupKey(keyRound, g.id)
 	value := encodeRound(g.live, false)

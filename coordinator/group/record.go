@@ -3,6 +3,7 @@ package group
 import (
 	"encoding/binary"
 	"math"
+	"slices"
 
 	"github.com/twmb/franz-go/pkg/kmsg"
 )
@@ -33,6 +34,9 @@ const (
 	tagConfirmed = 10001
 	tagExpires   = 10002
 )
+
+// roundDeparted is the flag of a round that some members have left since.
+const roundDeparted = 1
 
 // maxString is the longest string a non-flexible Kafka field can hold.
 const maxString = math.MaxInt16
@@ -268,15 +272,27 @@ func encodeEmptyGroup(since int64) []byte {
 
 // encodeRound gives the record of a completed join round. With all protocols of each member, so that a member that
 // joins again after a failover is compared with what it said before; with the chosen one alone if that is too much.
+// While the group is in the next join phase it is the record of those who are left of the round.
 func encodeRound(c *classic, chosenOnly bool) []byte {
 	dst := binary.BigEndian.AppendUint16(nil, uint16(roundVersion))
 	dst = binary.BigEndian.AppendUint32(dst, uint32(c.generation))
+	members, leader, flags := c.members, c.leader, byte(0)
+	if c.state == preparingRebalance {
+		flags = roundDeparted
+		members = slices.DeleteFunc(slices.Clone(members), func(m *member) bool { return m.isNew })
+		if !slices.ContainsFunc(members, func(m *member) bool { return m.id == leader }) {
+			if leader = ""; len(members) > 0 {
+				leader = members[0].id
+			}
+		}
+	}
+	dst = append(dst, flags)
 	dst = appendNullable(dst, c.protocolType)
 	dst = appendNullable(dst, c.protocol)
-	dst = appendString(dst, c.leader)
+	dst = appendString(dst, leader)
 	dst = binary.BigEndian.AppendUint64(dst, uint64(c.since))
-	dst = binary.BigEndian.AppendUint32(dst, uint32(len(c.members)))
-	for _, m := range c.members {
+	dst = binary.BigEndian.AppendUint32(dst, uint32(len(members)))
+	for _, m := range members {
 		dst = appendString(dst, m.id)
 		dst = appendNullable(dst, m.instance)
 		dst = appendString(dst, m.clientID)
@@ -298,15 +314,19 @@ func encodeRound(c *classic, chosenOnly bool) []byte {
 	return dst
 }
 
-// decodeRound gives the group as the join round left it: in CompletingRebalance, everybody's sync awaited.
-func decodeRound(value []byte) (*classic, bool) {
+// decodeRound gives the group as the join round left it: in CompletingRebalance, everybody's sync awaited. departed
+// says that some of its members have gone since, which its next rebalance is for.
+func decodeRound(value []byte) (c *classic, departed, ok bool) {
 	r := reader{b: value}
 	if r.int16() != roundVersion {
-		return nil, false
+		return nil, false, false
 	}
-	c := newClassic()
+	c = newClassic()
 	c.state = completingRebalance
 	c.generation = r.int32()
+	if flags := r.take(1); flags != nil {
+		departed = flags[0]&roundDeparted != 0
+	}
 	c.protocolType, c.protocol = r.nullable(), r.nullable()
 	leader := r.string()
 	c.since = r.int64()
@@ -324,7 +344,7 @@ func decodeRound(value []byte) (*classic, bool) {
 		}
 	}
 	c.leader = leader
-	return c, !r.bad
+	return c, departed, !r.bad
 }
 
 // decodeGroup gives the group as Kafka's coordinator loads it from a GroupMetadataValue.

@@ -2,6 +2,7 @@ package group
 
 import (
 	"fmt"
+	"maps"
 	"slices"
 	"strconv"
 	"strings"
@@ -48,7 +49,10 @@ func (s *scripted) showRecord(r Record) string {
 		c, _ := decodeGroup(r.Value)
 		return name + " " + showGroup(c)
 	case keyRound:
-		c, _ := decodeRound(r.Value)
+		c, departed, _ := decodeRound(r.Value)
+		if departed {
+			name += " departed"
+		}
 		return name + " " + showGroup(c)
 	case keySession:
 		v := decodeSession(r.Value)
@@ -273,7 +277,8 @@ func (s *scripted) dump(out *strings.Builder) {
 			}
 		}
 	}
-	for e := s.state.sessions.first; e != nil; e = e.next {
+	for _, id := range slices.SortedFunc(maps.Keys(s.state.sessions.byID), func(a, b Session) int { return slices.Compare(a[:], b[:]) }) {
+		e := s.state.sessions.byID[id]
 		v := decodeSession(e.value)
 		fmt.Fprintf(out, "session %s highest %d done %b stamp %d.%d\n", strings.TrimRight(string(e.id[:]), "\x00"), v.highest, v.done, v.term, v.seq)
 	}

@@ -43,8 +43,9 @@ type State struct {
 	sweep   []string // groups that the sweep under way has not come to
 
 	// Of the Step or Tick that is running.
-	now time.Time
-	eff Effects
+	now      time.Time
+	eff      Effects
+	departed []*group // that have lost members of their generation
 }
 
 // NewState gives a State without groups, inactive.
@@ -73,7 +74,7 @@ func (s *State) Activate(now time.Time, term uint64) Effects {
 	for _, id := range s.sortedGroups() {
 		if g := s.groups[id]; g.meta != nil || g.round != nil {
 			s.derive(g)
-			if c := g.live; len(c.members) > s.cfg.MaxSize && c.state != empty {
+			if c := g.live; len(c.members) > s.cfg.MaxSize && c.state != preparingRebalance {
 				s.prepareRebalance(g) // group.max.size was lowered
 			}
 		}
@@ -99,17 +100,18 @@ func (s *State) Deactivate() {
 
 // derive builds the state machine of a group from its records and arms its timers.
 func (s *State) derive(g *group) {
-	c, ok := (*classic)(nil), false
+	c, ok, departed := (*classic)(nil), false, false
 	if g.meta != nil {
 		c, ok = decodeGroup(g.meta)
 	}
 	if g.round != nil {
-		if r, readable := decodeRound(g.round); readable {
+		if r, left, readable := decodeRound(g.round); readable {
 			switch {
 			case !ok || r.generation > c.generation:
-				c, ok = r, true
+				c, ok, departed = r, true, left
 			case r.generation == c.generation && c.state == stable:
-				c.enrich(r)
+				c.enrich(r, left)
+				departed = left
 			}
 		}
 	}
@@ -123,6 +125,9 @@ func (s *State) derive(g *group) {
 	}
 	if c.state == completingRebalance {
 		s.timers.arm(&c.syncPhase, s.now, c.rebalanceTimeout())
+	}
+	if departed {
+		s.prepareRebalance(g)
 	}
 }
 

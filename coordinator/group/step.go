@@ -71,9 +71,11 @@ func (s *State) Deadline() time.Time {
 func (s *State) begin(now time.Time) {
 	s.now = now
 	s.eff = Effects{}
+	s.departed = s.departed[:0]
 }
 
 func (s *State) finish() Effects {
+	s.noteDepartures()
 	eff := s.eff
 	s.eff = Effects{}
 	if len(eff.Records) > 0 {

@@ -185,6 +185,7 @@ func (s *State) leaveGroup(in *Input, req *kmsg.LeaveGroupRequest) {
 			s.maybeCompleteJoin(g)
 		}
 	}
+	s.noteDepartures()
 	s.noteSession(&in.Client)
 	s.reply(in.Call, resp)
 }

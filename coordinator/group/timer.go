@@ -23,11 +23,10 @@ type timer struct {
 	m    *member
 	p    *pendingMember
 
-	armed  bool
 	at     time.Time
 	full   time.Duration // what it was armed with
 	queued bool
-	key    time.Time // the time it has in the heap, never later than at while armed
+	key    time.Time // the time it has in the heap, never later than at
 	order  uint64    // of arming: timers of one instant fire in that order
 	index  int
 }
@@ -39,7 +38,7 @@ type timers struct {
 
 func (t *timers) arm(x *timer, now time.Time, d time.Duration) {
 	t.order++
-	x.armed, x.at, x.full, x.order = true, now.Add(d), d, t.order
+	x.at, x.full, x.order = now.Add(d), d, t.order
 	switch {
 	case !x.queued:
 		x.key = x.at
@@ -50,21 +49,21 @@ func (t *timers) arm(x *timer, now time.Time, d time.Duration) {
 	}
 }
 
-func (t *timers) cancel(x *timer) { x.armed = false }
+func (t *timers) cancel(x *timer) {
+	if x.queued {
+		heap.Remove(t, x.index)
+	}
+}
 
 // next is the timer that fires first, nil if none is armed.
 func (t *timers) next() *timer {
 	for len(t.heap) > 0 {
 		x := t.heap[0]
-		switch {
-		case !x.armed:
-			heap.Pop(t)
-		case x.at.After(x.key):
-			x.key = x.at
-			heap.Fix(t, 0)
-		default:
+		if !x.at.After(x.key) {
 			return x
 		}
+		x.key = x.at
+		heap.Fix(t, 0)
 	}
 	return nil
 }
@@ -76,17 +75,14 @@ func (t *timers) due(now time.Time) *timer {
 		return nil
 	}
 	heap.Pop(t)
-	x.armed = false
 	return x
 }
 
-// rearm gives every armed timer its full time again.
+// rearm gives every timer its full time again.
 func (t *timers) rearm(now time.Time) {
 	for _, x := range t.heap {
-		if x.armed {
-			x.at = now.Add(x.full)
-			x.key = x.at
-		}
+		x.at = now.Add(x.full)
+		x.key = x.at
 	}
 	heap.Init(t)
 }

@@ -150,12 +150,19 @@ func (w *world) check() {
 	}
 	rebuilt.Activate(w.now, 0)
 	for id, g := range w.state.groups {
-		if g.live == nil || g.live.state == preparingRebalance {
-			continue // what a join phase has changed is not kept before it ends
-		}
 		c := simple
 		if r := rebuilt.groups[id]; r != nil {
 			c = r.view()
+		}
+		if g.live != nil && g.live.state == preparingRebalance {
+			for _, m := range c.members { // what a join phase has changed is kept when it ends; who has gone, at once
+				if m.instance == nil && g.live.byID[m.id] == nil {
+					w.t.Fatalf("%s has left group %s, and is back", m.id, id)
+				}
+			}
+		}
+		if g.live == nil || g.live.state == preparingRebalance {
+			continue
 		}
 		if got, want := durable(g.live), durable(c); got != want {
 			w.t.Fatalf("group %s live:\n%s\nrebuilt:\n%s", id, got, want)
