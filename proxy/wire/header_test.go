@@ -254,6 +254,55 @@ func TestClaimedLengthsDoNotAllocate(t *testing.T) {
 	}
 }
 
+func TestMoreElementsThanAnybodyNeedsAreRefused(t *testing.T) {
+	describe := kmsg.NewPtrDescribeGroupsRequest()
+	describe.Groups = make([]string, 1<<19)
+	for _, c := range []struct {
+		more int
+		ok   bool
+	}{{0, true}, {1, false}} {
+		describe.Groups = append(describe.Groups, make([]string, c.more)...)
+		frame := request(describe, 5)
+		h, err := wire.ParseRequestHeader(frame)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := wire.DecodeRequest(h, frame); (err == nil) != c.ok {
+			t.Errorf("%d groups: %v", len(describe.Groups), err)
+		}
+	}
+}
+
+func BenchmarkParseRequestHeader(b *testing.B) {
+	frame := request(kmsg.NewPtrProduceRequest(), 9)
+	b.ReportAllocs()
+	for b.Loop() {
+		if _, err := wire.ParseRequestHeader(frame); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
+
+func BenchmarkDecodeOffsetCommit(b *testing.B) {
+	commit := kmsg.NewPtrOffsetCommitRequest()
+	commit.Group, commit.MemberID = "group", "member"
+	topic := kmsg.NewOffsetCommitRequestTopic()
+	topic.Topic = "topic"
+	topic.Partitions = append(topic.Partitions, kmsg.NewOffsetCommitRequestTopicPartition())
+	commit.Topics = append(commit.Topics, topic)
+	frame := request(commit, 9)
+	h, err := wire.ParseRequestHeader(frame)
+	if err != nil {
+		b.Fatal(err)
+	}
+	b.ReportAllocs()
+	for b.Loop() {
+		if _, err := wire.DecodeRequest(h, frame); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
+
 func FuzzParseRequestHeader(f *testing.F) {
 	for _, x := range fixtures(f) {
 		f.Add(x.frame[:min(len(x.frame), 64)])

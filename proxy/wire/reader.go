@@ -9,12 +9,17 @@ type reader struct {
 	at       int
 	flexible bool
 	tags     int // unknown tags seen so far
+	elements int // of arrays that checkStruct has walked over
 	err      error
 }
 
 // maxTags bounds the unknown tags of one message, as each becomes a map entry when it is decoded. Unlike Kafka, which
 // bounds them by the size of the frame only.
 const maxTags = 1024
+
+// maxElements bounds the strings and structs in the arrays of one group request, as they take far more memory than
+// bytes on the wire. A frame of 8 MiB full of committed partitions has fewer. Unlike Kafka, which bounds the frame only.
+const maxElements = 1 << 19
 
 // maxString is the longest string that Kafka's generated readers accept, compact ones included.
 const maxString = 0x7fff
@@ -151,6 +156,14 @@ func (r *reader) arrayLen(null bool) int {
 	case n > r.remaining():
 		r.fail(ErrShort)
 		return 0
+	}
+	return n
+}
+
+// count counts the elements of an array before they are walked over.
+func (r *reader) count(n int) int {
+	if r.elements += n; r.elements > maxElements {
+		r.fail(ErrMalformed)
 	}
 	return n
 }

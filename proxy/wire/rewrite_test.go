@@ -264,6 +264,16 @@ func TestProduceWithoutLeadersIsNotCopied(t *testing.T) {
 	}
 }
 
+func BenchmarkRewriteMetadata(b *testing.B) {
+	frame := response(replies(3, 13)[0], 13)
+	b.ReportAllocs()
+	for b.Loop() {
+		if _, err := wire.RewriteResponse(3, 13, frame, ours); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
+
 func FuzzRewriteResponse(f *testing.F) {
 	for _, key := range []int16{0, 3, 10, 60} {
 		newest, _ := wire.MaxRewritten(key)

@@ -85,11 +85,11 @@ func (r *reader) checkStruct(fields []field, version int16) {
 		case numbers:
 			r.skip(r.arrayLen(null) * f.size)
 		case texts:
-			for n := r.arrayLen(null); n > 0 && r.err == nil; n-- {
+			for n := r.count(r.arrayLen(null)); n > 0 && r.err == nil; n-- {
 				r.skipString(false)
 			}
 		case list:
-			for n := r.arrayLen(null); n > 0 && r.err == nil; n-- {
+			for n := r.count(r.arrayLen(null)); n > 0 && r.err == nil; n-- {
 				r.checkStruct(f.of, version)
 			}
 		}
