@@ -28,49 +28,30 @@ func theirs(endpoints []wire.Endpoint) wire.Advertise {
 	}
 }
 
-// replies gives replies of each rewritten kind, full of everything, in one version.
-func replies(key, version int16) []kmsg.Response {
-	hosts := []string{"broker-1.example.org", "10.0.0.2", strings.Repeat("long.", 50) + "example.org"}
-	rack := kmsg.StringPtr("rack-a")
-	var tags kmsg.Tags
+// hosts are the upstream's, of different lengths: the last one's needs a varint of two bytes.
+var hosts = []string{"broker-1.example.org", "10.0.0.2", strings.Repeat("long.", 50) + "example.org"}
+
+var rack = kmsg.StringPtr("rack-a")
+
+// unknownTags are tags that nobody knows.
+func unknownTags() (tags kmsg.Tags) {
 	tags.Set(7, []byte("unknown"))
-	tagged := func(dst *kmsg.Tags) { *dst = tags }
+	return tags
+}
+
+// replies gives replies of each rewritten kind, full of everything and empty.
+func replies(key int16) []kmsg.Response {
 	switch key {
 	case 0:
-		full := kmsg.NewPtrProduceResponse()
-		for i, host := range hosts {
-			t := kmsg.NewProduceResponseTopic()
-			t.Topic, t.TopicID = "topic", [16]byte{1, byte(i)}
-			p := kmsg.NewProduceResponseTopicPartition()
-			p.ErrorCode, p.ErrorMessage = 6, kmsg.StringPtr("moved")
-			p.CurrentLeader.LeaderID, p.CurrentLeader.LeaderEpoch = int32(i), 9
-			p.ErrorRecords = append(p.ErrorRecords, kmsg.NewProduceResponseTopicPartitionErrorRecord())
-			tagged(&p.UnknownTags)
-			t.Partitions = append(t.Partitions, p, kmsg.NewProduceResponseTopicPartition())
-			full.Topics = append(full.Topics, t)
-			b := kmsg.NewProduceResponseBroker()
-			b.NodeID, b.Host, b.Port = int32(i), host, 9092
-			if i == 1 {
-				b.Rack = rack
-				tagged(&b.UnknownTags)
-			}
-			full.Brokers = append(full.Brokers, b)
-		}
-		one := kmsg.NewPtrProduceResponse() // ends in a zero byte although it names a broker
-		one.Brokers = full.Brokers[:1]
-		tail := kmsg.NewPtrProduceResponse()
-		tail.Brokers = full.Brokers[:2]
-		tagged(&tail.UnknownTags)
-		return []kmsg.Response{full, one, tail, kmsg.NewPtrProduceResponse()}
+		return produceReplies()
 	case 3:
 		full := kmsg.NewPtrMetadataResponse()
-		full.ClusterID = kmsg.StringPtr("cluster")
+		full.ClusterID, full.UnknownTags = kmsg.StringPtr("cluster"), unknownTags()
 		for i, host := range hosts {
 			b := kmsg.NewMetadataResponseBroker()
 			b.NodeID, b.Host, b.Port = int32(i), host, 9092
 			if i == 1 {
-				b.Rack = rack
-				tagged(&b.UnknownTags)
+				b.Rack, b.UnknownTags = rack, unknownTags()
 			}
 			full.Brokers = append(full.Brokers, b)
 		}
@@ -78,12 +59,11 @@ func replies(key, version int16) []kmsg.Response {
 		t.Topic = kmsg.StringPtr("topic")
 		t.Partitions = append(t.Partitions, kmsg.NewMetadataResponseTopicPartition())
 		full.Topics = append(full.Topics, t)
-		tagged(&full.UnknownTags)
 		return []kmsg.Response{full, kmsg.NewPtrMetadataResponse()}
 	case 10:
 		full := kmsg.NewPtrFindCoordinatorResponse()
 		full.NodeID, full.Host, full.Port, full.ErrorMessage = 1, hosts[2], 9092, kmsg.StringPtr("NONE")
-		for i, host := range append(hosts, "") {
+		for i, host := range append(hosts[:3:3], "") {
 			c := kmsg.NewFindCoordinatorResponseCoordinator()
 			c.Key, c.NodeID, c.Host, c.Port = "key", int32(i), host, 9092
 			if host == "" {
@@ -108,6 +88,31 @@ func replies(key, version int16) []kmsg.Response {
 		return []kmsg.Response{full, kmsg.NewPtrDescribeClusterResponse()}
 	}
 	panic("no such key")
+}
+
+func produceReplies() []kmsg.Response {
+	full := kmsg.NewPtrProduceResponse()
+	for i, host := range hosts {
+		t := kmsg.NewProduceResponseTopic()
+		t.Topic, t.TopicID = "topic", [16]byte{1, byte(i)}
+		p := kmsg.NewProduceResponseTopicPartition()
+		p.ErrorCode, p.ErrorMessage, p.UnknownTags = 6, kmsg.StringPtr("moved"), unknownTags()
+		p.CurrentLeader.LeaderID, p.CurrentLeader.LeaderEpoch = int32(i), 9
+		p.ErrorRecords = append(p.ErrorRecords, kmsg.NewProduceResponseTopicPartitionErrorRecord())
+		t.Partitions = append(t.Partitions, p, kmsg.NewProduceResponseTopicPartition())
+		full.Topics = append(full.Topics, t)
+		b := kmsg.NewProduceResponseBroker()
+		b.NodeID, b.Host, b.Port = int32(i), host, 9092
+		if i == 1 {
+			b.Rack, b.UnknownTags = rack, unknownTags()
+		}
+		full.Brokers = append(full.Brokers, b)
+	}
+	one := kmsg.NewPtrProduceResponse() // ends in a zero byte although it names a broker
+	one.Brokers = full.Brokers[:1]
+	tail := kmsg.NewPtrProduceResponse()
+	tail.Brokers, tail.UnknownTags = full.Brokers[:2], unknownTags()
+	return []kmsg.Response{full, one, tail, kmsg.NewPtrProduceResponse()}
 }
 
 // moved does to a decoded reply what RewriteResponse does to its bytes.
@@ -147,7 +152,7 @@ func eachRewritten(t *testing.T, fn func(key, version int16, frame []byte)) {
 			t.Fatalf("api key %d is not rewritten", key)
 		}
 		for version := int16(0); version <= newest; version++ {
-			for _, resp := range replies(key, version) {
+			for _, resp := range replies(key) {
 				fn(key, version, response(resp, version))
 			}
 		}
@@ -221,7 +226,7 @@ func TestTruncatedRepliesAreErrors(t *testing.T) {
 }
 
 func TestEndpointsAreTheUpstreamsOwn(t *testing.T) {
-	resp := replies(3, 13)[0]
+	resp := replies(3)[0]
 	got, err := wire.Endpoints(3, 13, response(resp, 13))
 	if err != nil || len(got) != 3 {
 		t.Fatalf("%v, %v", got, err)
@@ -233,7 +238,7 @@ func TestEndpointsAreTheUpstreamsOwn(t *testing.T) {
 }
 
 func TestControllersAreNotBrokers(t *testing.T) {
-	resp := replies(60, 2)[0].(*kmsg.DescribeClusterResponse)
+	resp := replies(60)[0].(*kmsg.DescribeClusterResponse)
 	resp.EndpointType = 2
 	if got, err := wire.RewriteResponse(60, 2, response(resp, 2), ours); err == nil {
 		t.Errorf("controllers' addresses were relayed: %x", got)
@@ -265,7 +270,7 @@ func TestProduceWithoutLeadersIsNotCopied(t *testing.T) {
 }
 
 func BenchmarkRewriteMetadata(b *testing.B) {
-	frame := response(replies(3, 13)[0], 13)
+	frame := response(replies(3)[0], 13)
 	b.ReportAllocs()
 	for b.Loop() {
 		if _, err := wire.RewriteResponse(3, 13, frame, ours); err != nil {
@@ -278,7 +283,7 @@ func FuzzRewriteResponse(f *testing.F) {
 	for _, key := range []int16{0, 3, 10, 60} {
 		newest, _ := wire.MaxRewritten(key)
 		for version := int16(0); version <= newest; version++ {
-			for _, resp := range replies(key, version) {
+			for _, resp := range replies(key) {
 				f.Add(key, version, response(resp, version))
 			}
 		}
