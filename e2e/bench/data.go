@@ -12,7 +12,7 @@ import (
 
 const (
 	fillMB = 512 // of the topic that is consumed
-	rounds = 3   // of each comparison: the median counts
+	rounds = 5   // of each comparison: the median counts
 )
 
 func (b *bench) topic(name string, partitions int32) error {
@@ -90,26 +90,23 @@ func (b *bench) data() error {
 	}
 	for range rounds {
 		for i, addr := range addrs {
-			before, err := b.sidecar.Metric(splicedMetric)
+			splicedBefore, copiedBefore, err := b.moved()
 			if err != nil {
 				return err
 			}
-			var bytes int64
-			speed, cost, err := b.measured(func() (int64, error) {
-				bytes, err = consumeMB(addr, "bulk", fillMB)
-				return bytes, err
-			})
+			speed, cost, err := b.measured(func() (int64, error) { return consumeMB(addr, "bulk", fillMB) })
 			if err != nil {
 				return err
 			}
 			read[i] = append(read[i], speed)
 			if i == 1 {
-				after, err := b.sidecar.Metric(splicedMetric)
+				splicedAfter, copiedAfter, err := b.moved()
 				if err != nil {
 					return err
 				}
 				readCPU = append(readCPU, cost)
-				spliced = append(spliced, (after-before)/float64(bytes))
+				through := splicedAfter - splicedBefore
+				spliced = append(spliced, through/(through+copiedAfter-copiedBefore))
 			}
 		}
 	}
@@ -125,7 +122,14 @@ func (b *bench) data() error {
 	return nil
 }
 
-const splicedMetric = "offset_sidecar_spliced_bytes_total"
+// moved is how many bytes the sidecar has moved by splice, and through its memory.
+func (b *bench) moved() (spliced, copied float64, err error) {
+	if spliced, err = b.sidecar.Metric("offset_sidecar_spliced_bytes_total"); err != nil {
+		return 0, 0, err
+	}
+	copied, err = b.sidecar.Metric("offset_sidecar_copied_bytes_total")
+	return spliced, copied, err
+}
 
 // measured runs a transfer and gives its speed, in MB/s, and the sidecar's processor time, in seconds per GB.
 func (b *bench) measured(transfer func() (int64, error)) (speed, cost float64, err error) {
