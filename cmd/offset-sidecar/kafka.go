@@ -39,6 +39,7 @@ type embeddedKafka struct {
 	grown    chan struct{} // holds a token when kafkaCheckEvery more bytes have come
 	stop     context.CancelFunc
 	done     sync.WaitGroup
+	closing  sync.Once
 }
 
 // startKafka starts one broker on a free loopback port, which keeps its data in dir, or in memory if dir is empty.
@@ -84,12 +85,14 @@ func kafkaVersions() *kversion.Versions {
 
 func (k *embeddedKafka) addrs() []string { return k.cluster.ListenAddrs() }
 
-// Close stops the broker; with a directory its data is kept.
+// Close stops the broker; with a directory its data is kept. Only the first call does anything.
 func (k *embeddedKafka) Close() {
-	k.stop()
-	k.done.Wait()
-	k.client.Close()
-	k.cluster.Close()
+	k.closing.Do(func() {
+		k.stop()
+		k.done.Wait()
+		k.client.Close()
+		k.cluster.Close()
+	})
 }
 
 // boundData keeps the topics' data below the limit: one goroutine, until Close.

@@ -17,7 +17,10 @@ import (
 	"time"
 
 	"github.com/twmb/franz-go/pkg/kadm"
+	"github.com/twmb/franz-go/pkg/kerr"
 	"github.com/twmb/franz-go/pkg/kgo"
+	"github.com/twmb/franz-go/pkg/kmsg"
+	"github.com/twmb/franz-go/pkg/kversion"
 )
 
 // produce writes count numbered records, the first with number from.
@@ -97,6 +100,49 @@ func TestConsumerResumesAtItsCommitAfterARestartOfTheSidecar(t *testing.T) {
 	if err != nil || len(groups) != 0 {
 		t.Errorf("groups upstream: %v %v", groups.Groups(), err)
 	}
+}
+
+// commitAndFetch moves a group's position as a client does that knows its partitions already, and reads it back.
+func commitAndFetch(t *testing.T, addr, group, topic string, offset int64) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	defer cancel()
+	client := newClient(t, addr, kgo.MaxVersions(kversion.V3_0_0())) // topics by name
+	defer client.Close()
+	commit := kmsg.NewPtrOffsetCommitRequest()
+	commit.Group, commit.Generation = group, -1
+	commit.Topics = []kmsg.OffsetCommitRequestTopic{{Topic: topic, Partitions: []kmsg.OffsetCommitRequestTopicPartition{{Offset: offset, LeaderEpoch: -1}}}}
+	committed, err := commit.RequestWith(ctx, client)
+	if err != nil {
+		t.Fatalf("committing: %v", err)
+	}
+	if err := kerr.ErrorForCode(committed.Topics[0].Partitions[0].ErrorCode); err != nil {
+		t.Fatalf("committing: %v", err)
+	}
+	fetch := kmsg.NewPtrOffsetFetchRequest()
+	fetch.Group = group
+	fetch.Topics = []kmsg.OffsetFetchRequestTopic{{Topic: topic, Partitions: []int32{0}}}
+	fetched, err := fetch.RequestWith(ctx, client)
+	if err != nil {
+		t.Fatalf("fetching: %v", err)
+	}
+	if p := fetched.Groups[0].Topics[0].Partitions[0]; p.ErrorCode != 0 || p.Offset != offset {
+		t.Errorf("fetched %+v, not %d", p, offset)
+	}
+}
+
+// Once the brokers' ids are known, groups and offsets need no broker, not even after a restart of the sidecar.
+func TestGroupsWorkWhileEveryBrokerIsDown(t *testing.T) {
+	kafka, dir := embedded(t, "", kafkaDataLimit), t.TempDir()
+	i, s := run(t, dir, kafka.addrs())
+	produce(t, s.Addr(), "t", 0, 10)
+	commitAndFetch(t, s.Addr(), "g", "t", 3)
+	addrs := kafka.addrs()
+	kafka.Close()
+	commitAndFetch(t, s.Addr(), "g", "t", 5)
+	i.stop(t)
+	_, s = run(t, dir, addrs)
+	commitAndFetch(t, s.Addr(), "g", "t", 7)
 }
 
 func TestThreeSidecarsLiveInOneProcess(t *testing.T) {
