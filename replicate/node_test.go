@@ -1,7 +1,6 @@
 package replicate
 
 import (
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -323,5 +322,3 @@ func TestCloseWhileEntriesAreInFlight(t *testing.T) {
 		<-done
 	}
 }
-
-func bytesOf(i uint64) string { return string(binary.BigEndian.AppendUint64(nil, i)) }

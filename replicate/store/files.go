@@ -161,7 +161,8 @@ func (f *files) checkFormat() error {
 		return fmt.Errorf("data directory %s cannot be read: %w", f.dir, err)
 	}
 	rest, ok := strings.CutPrefix(string(text), formatLine)
-	version, err := strconv.Atoi(strings.TrimSpace(rest))
+	first, _, _ := strings.Cut(rest, "\n")
+	version, err := strconv.Atoi(strings.TrimSpace(first))
 	if !ok || err != nil || version < 1 {
 		return fmt.Errorf("data directory %s is not one of this program's, or its file %s is damaged (%q): choose another data directory", f.dir, formatName, text)
 	}

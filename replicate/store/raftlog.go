@@ -16,8 +16,8 @@ const (
 
 	// storeTxnBytes is where a StoreLogs call is split; badger's limit for a transaction is 1.2 MiB.
 	storeTxnBytes = 1 << 20
-	// MaxLogBytes is the largest entry that fits a transaction.
-	MaxLogBytes = 1<<20 + 64<<10
+	// MaxLogBytes is the largest entry: a value of 1 MiB would go to badger's value log.
+	MaxLogBytes = 1<<20 - 1<<10
 	deleteChunk = 1000
 
 	// The newest entries stay in memory for replication. raft.LogCache counts entries only: 1,024 of 128 KiB each
