@@ -77,6 +77,7 @@ type Client struct {
 
 	metadataVersion atomic.Int32 // of the last reply; -1 before
 	answered        atomic.Int32 // the broker that has answered last, by kgo's numbers; noBroker when it failed since
+	turn            atomic.Uint32
 	topics          table
 	asking          asking
 
@@ -244,22 +245,24 @@ func (c *Client) metadata(ctx context.Context, req *kmsg.MetadataRequest) (*kmsg
 	return resp, nil
 }
 
-// hedge asks the broker that has answered last, and another whenever none has answered for a while: a broker may be
-// silent (its host gone, its packets dropped) where a dead process would refuse. A question that is no longer waited
-// for ends by itself: kgo gives it up when its broker's dial or read times out, or when the client closes.
+// hedge asks the broker that has answered last, and another whenever one fails or none has answered for a while: a
+// broker may be silent (its host gone, its packets dropped) where a dead process would refuse. A question that is no
+// longer waited for ends by itself: kgo gives it up when its broker's dial or read times out, or the client closes.
 func (c *Client) hedge(ctx context.Context, req *kmsg.MetadataRequest) (*kmsg.MetadataResponse, error) {
 	ctx, cancel := context.WithCancel(ctx)
-	replies := make(chan kgo.ResponseShard, maxHedges)
-	asking, asked := 0, 0
 	defer cancel()
-	ask := func(broker int32) {
-		own := *req // kgo writes its version into it
-		asking++
-		asked++
+	replies := make(chan kgo.ResponseShard, maxHedges)
+	waiting, left := 0, c.targets(len(req.Topics) == 0)
+	ask := func() {
+		if len(left) == 0 || ctx.Err() != nil {
+			return
+		}
+		own, broker := *req, left[0] // kgo writes its version into the request
+		left = left[1:]
+		waiting++
 		go func() { replies <- c.askOne(ctx, broker, &own) }()
 	}
-	first := c.answered.Load()
-	ask(first)
+	ask()
 	again := time.NewTicker(hedgeAfter)
 	defer again.Stop()
 	for {
@@ -269,23 +272,39 @@ func (c *Client) hedge(ctx context.Context, req *kmsg.MetadataRequest) (*kmsg.Me
 				c.answered.Store(r.Meta.NodeID)
 				return r.Resp.(*kmsg.MetadataResponse), nil
 			}
-			if c.answered.CompareAndSwap(r.Meta.NodeID, noBroker) && ctx.Err() == nil && asked < maxHedges {
-				ask(noBroker)
-			}
-			if asking--; asking == 0 {
+			c.answered.CompareAndSwap(r.Meta.NodeID, noBroker)
+			waiting--
+			if ask(); waiting == 0 {
 				return nil, r.Err
 			}
 		case <-again.C:
-			if asked == maxHedges {
-				continue
-			}
-			next := c.answered.Load() // meanwhile another question may have found one
-			if next == first {
-				next = noBroker
-			}
-			ask(next)
+			ask()
 		}
 	}
+}
+
+// targets lists whom to ask, in order: the broker that has answered last, some others, and whose turn it is with kgo,
+// which also tries the seeds. Only when that comes first, as for the list of brokers, does kgo keep its own up to date.
+func (c *Client) targets(kgoFirst bool) []int32 {
+	targets := make([]int32, 0, maxHedges)
+	last := c.answered.Load()
+	if kgoFirst || last == noBroker {
+		targets = append(targets, noBroker)
+	}
+	if last != noBroker {
+		targets = append(targets, last)
+	}
+	known := c.brokers.Load().Brokers
+	turn := int(c.turn.Add(1))
+	for i := range known {
+		if id := known[(turn+i)%len(known)].ID; id != last && len(targets) < maxHedges-2 {
+			targets = append(targets, id)
+		}
+	}
+	for len(targets) < maxHedges {
+		targets = append(targets, noBroker)
+	}
+	return targets
 }
 
 // askOne asks that broker, or the one whose turn it is: then kgo goes on to the next until one does not refuse.
