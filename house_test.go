@@ -244,3 +244,32 @@ func TestPinnedVersions(t *testing.T) {
 		t.Error("go.mod replaces a module: 'go install' of the program would fail")
 	}
 }
+
+// A series that nobody moves would show a zero that means nothing.
+func TestEveryMetricIsMovedBySomeRoom(t *testing.T) {
+	names, err := os.ReadFile("tracing/names.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var source strings.Builder
+	err = filepath.WalkDir(".", func(path string, d os.DirEntry, err error) error {
+		if err != nil || d.IsDir() || !strings.HasSuffix(path, ".go") || strings.HasSuffix(path, "_test.go") || under(path, "tracing") {
+			return err
+		}
+		text, err := os.ReadFile(path)
+		source.Write(text)
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	moved := 0
+	for _, found := range regexp.MustCompile(`(?m)^\t([A-Z]\w+)\s.*//`).FindAllSubmatch(names, -1) {
+		if moved++; !regexp.MustCompile(`\btracing\.` + string(found[1]) + `\b`).MatchString(source.String()) {
+			t.Errorf("tracing.%s is used by no room", found[1])
+		}
+	}
+	if moved < 20 {
+		t.Errorf("only %d names were found in names.go", moved)
+	}
+}

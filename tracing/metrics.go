@@ -1,14 +1,9 @@
 package tracing
 
-import (
-	"sync/atomic"
-)
+import "sync/atomic"
 
 // apiKeys is one more than the largest api key counted by itself; unknown keys share a counter.
 const apiKeys = 100
-
-// errorCodes is one more than the largest error code counted by itself; others share a counter.
-const errorCodes = 150
 
 // padded keeps two hot counters off one cache line.
 type padded struct {
@@ -21,7 +16,6 @@ type padded struct {
 type Metrics struct {
 	series   [seriesCount]padded
 	requests [apiKeys + 1]atomic.Int64
-	errors   [errorCodes + 1]atomic.Int64
 	mistakes [mistakeCount]atomic.Int64
 }
 
@@ -69,17 +63,6 @@ func (m *Metrics) Requests(apiKey int16) int64 {
 	return m.requests[apiKey].Load()
 }
 
-// Error counts a group response that carries a Kafka error code; 0 is not counted.
-func (m *Metrics) Error(code int16) {
-	if m == nil || code == 0 {
-		return
-	}
-	if code < 0 || code >= errorCodes { // -1 is UNKNOWN_SERVER_ERROR
-		code = errorCodes
-	}
-	m.errors[code].Add(1)
-}
-
 // Mistake counts a client connection closed for what was sent on it.
 func (m *Metrics) Mistake(k Mistake) {
 	if m != nil && k < mistakeCount {
@@ -87,7 +70,7 @@ func (m *Metrics) Mistake(k Mistake) {
 	}
 }
 
-// Snapshot gives every series by its exported name, as raw integers (sums of time in nanoseconds).
+// Snapshot gives every series by its exported name, as /metrics shows it.
 func (m *Metrics) Snapshot() map[string]int64 {
 	if m == nil {
 		return nil

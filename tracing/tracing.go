@@ -20,9 +20,10 @@ import (
 
 // Config is what the set-up needs to know and this room must not look up: names that belong to the protocol.
 type Config struct {
-	Version   string
-	APIName   func(key int16) string  // "Fetch" for 1, "" for a key without a name
-	ErrorName func(code int16) string // "NOT_COORDINATOR" for 16
+	Version string
+	APIName func(key int16) string // "Fetch" for 1, "" for a key without a name
+	// Before is called ahead of each scrape, to set what is not counted as it happens; may be nil.
+	Before func()
 }
 
 // Telemetry is OpenTelemetry, set up: a reader of [Metrics] that a Prometheus scraper asks. It has no goroutine of its
@@ -73,12 +74,6 @@ func (t *Telemetry) observeSeries(meter metric.Meter) error {
 			_, err = meter.Int64ObservableCounter(def.name, metric.WithDescription(def.help), whole)
 		case gauge:
 			_, err = meter.Int64ObservableGauge(def.name, metric.WithDescription(def.help), whole)
-		case nanos:
-			_, err = meter.Float64ObservableCounter(def.name, metric.WithDescription(def.help),
-				metric.WithFloat64Callback(func(_ context.Context, o metric.Float64Observer) error {
-					o.Observe(float64(t.metrics.Value(s)) / 1e9)
-					return nil
-				}))
 		}
 		if err != nil {
 			return err
@@ -93,19 +88,7 @@ func (t *Telemetry) observeLabelled(meter metric.Meter) error {
 		metric.WithInt64Callback(func(_ context.Context, o metric.Int64Observer) error {
 			for key := range t.metrics.requests {
 				if n := t.metrics.requests[key].Load(); n != 0 {
-					o.Observe(n, label(labelAPI, named(t.config.APIName, key, apiKeys, "unknown")))
-				}
-			}
-			return nil
-		}))
-	if err != nil {
-		return err
-	}
-	_, err = meter.Int64ObservableCounter(nameErrors, metric.WithDescription(helpErrors),
-		metric.WithInt64Callback(func(_ context.Context, o metric.Int64Observer) error {
-			for code := range t.metrics.errors {
-				if n := t.metrics.errors[code].Load(); n != 0 {
-					o.Observe(n, label(labelError, named(t.config.ErrorName, code, errorCodes, "UNKNOWN_SERVER_ERROR")))
+					o.Observe(n, label(labelAPI, t.apiName(key)))
 				}
 			}
 			return nil
@@ -135,21 +118,26 @@ func label(name, value string) metric.MeasurementOption {
 	return metric.WithAttributeSet(attribute.NewSet(attribute.String(name, value)))
 }
 
-// named gives the name of a key, the number itself where it has none, and other for the counter that others share.
-func named(name func(int16) string, key, others int, other string) string {
-	if key == others {
-		return other
+// apiName gives the name of an api key, or the number itself where it has none.
+func (t *Telemetry) apiName(key int) string {
+	if key == apiKeys {
+		return "unknown"
 	}
-	if name != nil {
-		if s := name(int16(key)); s != "" {
-			return s
+	if t.config.APIName != nil {
+		if name := t.config.APIName(int16(key)); name != "" {
+			return name
 		}
 	}
 	return strconv.Itoa(key)
 }
 
 // ServeHTTP answers a scraper with all metrics as Prometheus text.
-func (t *Telemetry) ServeHTTP(w http.ResponseWriter, r *http.Request) { t.handler.ServeHTTP(w, r) }
+func (t *Telemetry) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	if t.config.Before != nil {
+		t.config.Before()
+	}
+	t.handler.ServeHTTP(w, r)
+}
 
 // Tracer gives the tracer that spans of group calls are made with. It records nothing in this version.
 func (t *Telemetry) Tracer() trace.Tracer {

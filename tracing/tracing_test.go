@@ -17,11 +17,8 @@ func TestScraperSeesEverySeriesByItsName(t *testing.T) {
 	defer telemetry.Close()
 	m.Add(SplicedBytes, 5)
 	m.Set(Active, 1)
-	m.Add(RaftAppendNanos, 2_500_000_000)
 	m.Request(1)
 	m.Request(9999)
-	m.Error(16)
-	m.Error(-1)
 	m.Mistake(MistakeTLS)
 
 	got := httptest.NewRecorder()
@@ -30,15 +27,12 @@ func TestScraperSeesEverySeriesByItsName(t *testing.T) {
 	for _, want := range []string{
 		"offset_sidecar_spliced_bytes_total 5\n",
 		"offset_sidecar_active 1\n",
-		"offset_sidecar_raft_append_seconds_total 2.5\n",
 		`offset_sidecar_requests_total{api="Fetch"} 1`,
 		`offset_sidecar_requests_total{api="unknown"} 1`,
-		`offset_sidecar_errors_total{error="16"} 1`,
-		`offset_sidecar_errors_total{error="UNKNOWN_SERVER_ERROR"} 1`,
 		`offset_sidecar_client_mistakes_total{mistake="tls"} 1`,
 		`offset_sidecar_build_info{version="1.2.3"} 1`,
 		"# TYPE offset_sidecar_connections gauge",
-		"# TYPE offset_sidecar_commits_total counter",
+		"# TYPE offset_sidecar_group_requests_total counter",
 		"process_resident_memory_bytes",
 	} {
 		if !strings.Contains(text, want) {
@@ -70,12 +64,11 @@ func TestEverySeriesIsNamedOnceAndDescribed(t *testing.T) {
 
 func TestNilMetricsCountNothing(t *testing.T) {
 	var m *Metrics
-	m.Add(Commits, 1)
+	m.Add(Steps, 1)
 	m.Set(Active, 1)
 	m.Request(1)
-	m.Error(1)
 	m.Mistake(MistakeHTTP)
-	if m.Value(Commits) != 0 || m.Requests(1) != 0 || m.Snapshot() != nil {
+	if m.Value(Steps) != 0 || m.Requests(1) != 0 || m.Snapshot() != nil {
 		t.Error("a nil *Metrics counts")
 	}
 }
