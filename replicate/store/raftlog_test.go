@@ -98,8 +98,8 @@ func TestRaftLogBehavesLikeASlice(t *testing.T) {
 
 func TestEntriesBeyondOneTransactionAreStoredInSeveral(t *testing.T) {
 	r := openTest(t, t.TempDir())
-	r.mustStore(entries(1, 1, 64, 128<<10)) // 8 MiB, what raft may hand to a follower
-	r.mustStore(entries(1, 65, 65, MaxLogBytes))  // the largest record
+	r.mustStore(entries(1, 1, 64, 128<<10))      // 8 MiB, what raft may hand to a follower
+	r.mustStore(entries(1, 65, 65, MaxLogBytes)) // the largest record
 	r.wantEnds(1, 65)
 	r.reopen()
 	r.wantEnds(1, 65)
