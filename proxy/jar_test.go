@@ -1,3 +1,5 @@
+//go:build e2e
+
 package proxy
 
 // These tests hold our tables against Kafka's own message definitions, the JSON files in the kafka-clients jar. They
@@ -76,7 +78,7 @@ func (m *message) valid(t *testing.T) versions {
 
 var comment = regexp.MustCompile(`(?m)^\s*//.*$|\s//[^"\n]*$`)
 
-// kafkaMessages reads the definitions from the jar. There are none with -short where there is no jar.
+// kafkaMessages reads the definitions from the jar.
 func kafkaMessages(t *testing.T) []message {
 	t.Helper()
 	jar := os.Getenv("KAFKA_CLIENTS_JAR")
@@ -85,15 +87,11 @@ func kafkaMessages(t *testing.T) []message {
 		if err != nil {
 			t.Fatal(err)
 		}
-		jar = filepath.Join(cache, "kafka-test", "4.3.0", "kafka-clients-4.3.0.jar")
+		jar = filepath.Join(cache, "offset-sidecar-e2e", "kafka-4.3.0", "kafka-clients-4.3.0.jar")
 	}
 	archive, err := zip.OpenReader(jar)
-	if err != nil && testing.Short() {
-		t.Log("nothing compared, for there is no kafka-clients jar: ", err)
-		return nil
-	}
 	if err != nil {
-		t.Fatalf("%v\nThis test needs kafka-clients-4.3.0.jar (Maven Central, org.apache.kafka:kafka-clients:4.3.0): put its path into KAFKA_CLIENTS_JAR, or leave the test out with -short.", err)
+		t.Fatalf("%v\nThis test needs kafka-clients-4.3.0.jar (Maven Central, org.apache.kafka:kafka-clients:4.3.0, fetched by e2e/setup): put its path into KAFKA_CLIENTS_JAR.", err)
 	}
 	defer archive.Close()
 	var all []message
@@ -122,7 +120,7 @@ func kafkaMessages(t *testing.T) []message {
 	return all
 }
 
-func TestEveryKeyOfKafkaHasARoute(t *testing.T) {
+func TestJarEveryKeyOfKafkaHasARoute(t *testing.T) {
 	for _, m := range kafkaMessages(t) {
 		if m.Type != "request" {
 			continue
@@ -134,7 +132,7 @@ func TestEveryKeyOfKafkaHasARoute(t *testing.T) {
 	}
 }
 
-func TestOurVersionsAreThoseOfKafka(t *testing.T) {
+func TestJarOurVersionsAreThoseOfKafka(t *testing.T) {
 	for _, m := range kafkaMessages(t) {
 		if m.Type != "request" {
 			continue
@@ -183,7 +181,7 @@ var notAddresses = map[string]string{
 	"ShareGroupDescribeResponse/Groups/Members":              "where a member connects from",
 }
 
-func TestNoAddressInAResponseIsForgotten(t *testing.T) {
+func TestJarNoAddressInAResponseIsForgotten(t *testing.T) {
 	for _, m := range kafkaMessages(t) {
 		if m.Type != "response" {
 			continue
@@ -295,7 +293,7 @@ func (b *body) field(f messageField, kind string) {
 
 // What we take from clients is read as Kafka reads it: every version whole, and with a null in each place that can
 // hold one; cut short anywhere it is an error.
-func TestGroupRequestsAreReadAsKafkaReadsThem(t *testing.T) {
+func TestJarGroupRequestsAreReadAsKafkaReadsThem(t *testing.T) {
 	checked := 0
 	for _, m := range kafkaMessages(t) {
 		if m.Type != "request" {
@@ -349,7 +347,7 @@ func TestGroupRequestsAreReadAsKafkaReadsThem(t *testing.T) {
 }
 
 // kmsg must know what Kafka knows, or a request of a version that we advertise could not be decoded.
-func TestLibraryKnowsOurVersions(t *testing.T) {
+func TestJarLibraryKnowsOurVersions(t *testing.T) {
 	var unknown []string
 	for key, v := range own {
 		if req := kmsg.RequestForKey(key); req.MaxVersion() < v.max {
