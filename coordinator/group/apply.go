@@ -54,7 +54,8 @@ func (s *State) Apply(r Record) {
 	s.swap(r.Key, bytes.Clone(r.Value))
 }
 
-// Record gives the newest value of a key, byte for byte as it was applied; nil for a tombstone or none.
+// Record gives the newest value of a key, byte for byte as it was applied; nil for a tombstone or none. It is not to be
+// changed.
 func (s *State) Record(key []byte) []byte {
 	k, ok := parseKey(key)
 	if !ok {

@@ -101,7 +101,7 @@ func (s *State) commitOffsets(in *Input, req *kmsg.OffsetCommitRequest) {
 		resp.Topics = append(resp.Topics, rt)
 	}
 	if left > 0 {
-		s.commitLeft(in, req, resp, topics)
+		s.commitLeft(in, req, resp, topics, left)
 	}
 	if refused || len(topics) > left {
 		resp.Topics = mergeCommitted(resp.Topics, topics, refused)
@@ -110,11 +110,14 @@ func (s *State) commitOffsets(in *Input, req *kmsg.OffsetCommitRequest) {
 }
 
 // commitLeft commits what has been refused so far by nobody, or refuses all of it.
-func (s *State) commitLeft(in *Input, req *kmsg.OffsetCommitRequest, resp *kmsg.OffsetCommitResponse, topics []topicOf) {
+func (s *State) commitLeft(in *Input, req *kmsg.OffsetCommitRequest, resp *kmsg.OffsetCommitResponse, topics []topicOf, left int) {
 	resent := s.executed(&in.Client)
 	code := int16(0)
 	if !resent {
 		code = s.validateCommit(req)
+	}
+	if !resent && code == 0 {
+		s.expect(left + 2) // with the session's, and that of one which makes room
 	}
 	now := s.now.UnixMilli()
 	expires := int64(-1)

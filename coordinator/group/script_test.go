@@ -2,14 +2,13 @@ package group
 
 import (
 	"fmt"
+	"maps"
 	"math/rand/v2"
 	"slices"
 	"strconv"
 	"strings"
 	"testing"
 	"time"
-
-	"maps"
 
 	"github.com/cockroachdb/datadriven"
 	"github.com/twmb/franz-go/pkg/kerr"
@@ -334,17 +333,7 @@ func (a arguments) request(verb string, version int) kmsg.Request {
 	case "fetch":
 		return a.fetch(version)
 	case "offsetdelete":
-		r := kmsg.NewPtrOffsetDeleteRequest()
-		r.Group = group()
-		for _, t := range a.list("topics") {
-			name, _, rest := a.topic(t)
-			topic := kmsg.OffsetDeleteRequestTopic{Topic: name}
-			for _, p := range partitionsOf(a.t, rest) {
-				topic.Partitions = append(topic.Partitions, kmsg.OffsetDeleteRequestTopicPartition{Partition: p})
-			}
-			r.Topics = append(r.Topics, topic)
-		}
-		return r
+		return a.offsetDelete()
 	case "list":
 		r := kmsg.NewPtrListGroupsRequest()
 		r.StatesFilter, r.TypesFilter = a.list("states"), a.list("types")
@@ -360,6 +349,20 @@ func (a arguments) request(verb string, version int) kmsg.Request {
 	}
 	a.t.Fatalf("unknown verb %s", verb)
 	return nil
+}
+
+func (a arguments) offsetDelete() kmsg.Request {
+	r := kmsg.NewPtrOffsetDeleteRequest()
+	r.Group = a.str("group", "g")
+	for _, t := range a.list("topics") {
+		name, _, rest := a.topic(t)
+		topic := kmsg.OffsetDeleteRequestTopic{Topic: name}
+		for _, p := range partitionsOf(a.t, rest) {
+			topic.Partitions = append(topic.Partitions, kmsg.OffsetDeleteRequestTopicPartition{Partition: p})
+		}
+		r.Topics = append(r.Topics, topic)
+	}
+	return r
 }
 
 func (a arguments) commit(version int) kmsg.Request {

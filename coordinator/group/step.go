@@ -86,6 +86,13 @@ func (s *State) finish() Effects {
 	return eff
 }
 
+// expect makes room for n more records.
+func (s *State) expect(n int) {
+	both := make([]Record, 2*n) // one allocation for both
+	s.eff.Records = append(both[:0:n], s.eff.Records...)
+	s.eff.Previous = append(both[n:n:2*n], s.eff.Previous...)
+}
+
 // put yields a record and applies it; it takes key and value over.
 func (s *State) put(partition int32, key, value []byte) {
 	previous := s.swap(key, value)

@@ -59,7 +59,8 @@ type Reply struct {
 	Fence bool
 }
 
-// Effects is what a Step wants done.
+// Effects is what a Step, a Tick or an Activate wants done. The bytes of its records are the State's own: they may be
+// kept, and are not to be changed.
 type Effects struct {
 	Records []Record // to replicate, in order; already applied to the State
 	// Previous has for each of Records the record of that key before (a nil Value: there was none). Applying them in
