@@ -34,8 +34,10 @@ type conn struct {
 	passed     bool // SASL went to our own broker: only that leg speaks for the client
 
 	// The writer's.
-	out   []byte
-	timer *time.Timer
+	out    []byte
+	timer  *time.Timer
+	last   *leg // that of the newest slot, if it had one
+	streak int  // slots in a row that had it
 }
 
 // mistake is something the client did that ends its connection, with the words for the log.

@@ -45,10 +45,11 @@ type leg struct {
 	err  error
 	addr string
 
-	mu      sync.Mutex // guards conn and pending until up, and closed
-	conn    net.Conn
-	pending []byte
-	closed  bool
+	mu          sync.Mutex // guards conn and pending until up, closed, and interrupted
+	conn        net.Conn
+	pending     []byte
+	closed      bool
+	interrupted bool // the read deadline was set to the past
 
 	// silent is set when a request without a reply was sent: a broker tells its failure by closing the connection, so the
 	// client must be told of the leg's end in the same way.
@@ -216,6 +217,16 @@ func (l *leg) finished() bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return l.closed
+}
+
+// interrupt ends a read of the writer that listens for the reply to a request that has not been read yet.
+func (l *leg) interrupt(q *inflight) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if q.listening.Load() == l && !l.interrupted {
+		l.interrupted = true
+		_ = l.conn.SetReadDeadline(time.Unix(1, 0))
+	}
 }
 
 // close may be called from any goroutine, more than once.

@@ -41,7 +41,8 @@ type inflight struct {
 	ended      atomic.Bool   // nothing more will be pushed
 
 	writerWaits atomic.Bool
-	wakeWriter  chan struct{} // capacity 1
+	wakeWriter  chan struct{}       // capacity 1
+	listening   atomic.Pointer[leg] // the writer, with no slot to answer, waits for bytes of this leg
 	readerWaits atomic.Bool
 	wakeReader  chan struct{} // capacity 1
 }
@@ -78,8 +79,18 @@ func (q *inflight) push(s slot) {
 	q.tail.Store(tail + 1)
 }
 
+// sent wakes the writer for a slot whose request was sent on l, unless it waits for l's bytes as it is.
+func (q *inflight) sent(l *leg) {
+	if q.listening.Load() != l {
+		q.signal()
+	}
+}
+
 // signal wakes the writer if it waits for a slot, an answer or a leg.
 func (q *inflight) signal() {
+	if l := q.listening.Load(); l != nil {
+		l.interrupt(q)
+	}
 	if q.writerWaits.Load() && q.writerWaits.Swap(false) {
 		select {
 		case q.wakeWriter <- struct{}{}:

@@ -21,6 +21,8 @@ const (
 	keepOut = 64 << 10 // bytes of the buffer for them that a connection keeps
 	direct  = 4 << 10  // replies from this size on are written from where they were read
 
+	listenAfter = 4 // slots in a row on one leg, then the writer listens to it
+
 	// A broker that takes longer than repeatAfter for a request that can be repeated is suspected, and another is asked.
 	// If no other is well it is given repeatAlone, or repeatDown if its probes fail as well.
 	repeatAfter = 1500 * time.Millisecond
@@ -54,11 +56,23 @@ func (c *conn) write() error {
 			if c.inflight.ended.Load() && c.inflight.oldest() == nil {
 				return nil
 			}
-			if err := c.sleep(nil, nil, time.Time{}); err != nil {
+			err := c.flush()
+			switch {
+			case err != nil:
+			case c.streak >= listenAfter:
+				err = c.listen(c.last)
+			default:
+				err = c.sleep(nil, nil, time.Time{})
+			}
+			if err != nil {
 				return err
 			}
 			continue
 		}
+		if s.leg == nil || s.leg != c.last {
+			c.last, c.streak = s.leg, 0
+		}
+		c.streak++
 		if err := c.reply(s); err != nil {
 			return err
 		}
@@ -109,6 +123,46 @@ func (c *conn) sleep(s *slot, ready <-chan struct{}, until time.Time) error {
 	case <-alarm:
 	case <-c.ctx.Done():
 		return net.ErrClosed
+	}
+	return nil
+}
+
+// listen waits for bytes of a leg although nothing was asked on it yet: on a connection that talks to its broker alone
+// the next reply then needs no one to wake us first. It is interrupted for any other slot.
+func (c *conn) listen(l *leg) error {
+	if !l.settled() || !l.up.Load() || l.broken.Load() || l.owed > 0 {
+		c.streak = 0
+		return nil
+	}
+	l.readBy.after(c.proxy.config.UpstreamTimeout)
+	c.inflight.listening.Store(l)
+	var err error
+	if c.inflight.oldest() == nil && !c.inflight.ended.Load() {
+		err = l.in.need(8)
+	}
+	l.mu.Lock() // an interruption under way is over then
+	c.inflight.listening.Store(nil)
+	if l.interrupted {
+		l.interrupted = false
+		l.readBy.at = time.Time{}
+	}
+	l.mu.Unlock()
+	switch {
+	case c.ctx.Err() != nil:
+		return net.ErrClosed
+	case c.inflight.oldest() != nil:
+		return nil // and the leg's error, if there is one, comes again
+	case errors.Is(err, os.ErrDeadlineExceeded):
+		c.streak = 0
+		return nil
+	case err == nil && len(l.in.buffered()) == 0:
+		return nil
+	}
+	// It has ended, or sends what nobody asked for.
+	l.broken.Store(true)
+	c.streak = 0
+	if l.silent.Load() {
+		return errLegEnded
 	}
 	return nil
 }
@@ -276,6 +330,9 @@ func (c *conn) needReply(l *leg, n int, timeout time.Duration) error {
 		return nil
 	}
 	since := time.Now()
+	if l.outstanding.Load() == 1 {
+		since = time.Unix(0, l.sent.Load())
+	}
 	for have := len(l.in.buffered()); ; {
 		l.readBy.after(timeout)
 		err := l.in.need(n)

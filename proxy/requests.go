@@ -283,9 +283,13 @@ func (c *conn) send(s slot, frame []byte, silent bool) error {
 	c.inflight.push(s)
 	err := s.leg.send(frame, c.ctx.Done())
 	c.proxy.metrics.Add(tracing.CopiedBytes, int64(len(frame)))
-	c.inflight.signal()
 	if err != nil {
 		s.leg.broken.Store(true)
+	}
+	if err != nil || s.repeatable { // then the writer has to know how long to wait
+		c.inflight.signal()
+	} else {
+		c.inflight.sent(s.leg)
 	}
 	return nil // the writer finds out by itself, and may know what to do
 }
