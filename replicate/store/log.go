@@ -212,7 +212,7 @@ func (w *flushWriter) cut(b *block) {
 	}
 	key, value := b.encode()
 	w.done = append(w.done, [2][]byte{key, value})
-	*b = block{partition: b.partition, time: b.time}
+	*b = block{partition: b.partition, time: b.time, body: b.body[:0]} // encode has copied it
 }
 
 // view is a read transaction and the tail that lies upon it.
@@ -237,12 +237,13 @@ func (s *Store) Latest(yield func(Record) error) error {
 		}
 	}
 	opt := badger.DefaultIteratorOptions
+	opt.PrefetchValues = false // which is a goroutine an item; the values lie beside their keys anyway
 	opt.Prefix = []byte{rangeLatest, shard}
 	it := txn.NewIterator(opt)
 	defer it.Close()
 	for it.Rewind(); it.Valid(); it.Next() {
 		item := it.Item()
-		if _, ok := newer[string(item.Key())]; ok && len(newer) > 0 {
+		if _, ok := newer[string(item.Key())]; ok {
 			continue
 		}
 		var record Record
