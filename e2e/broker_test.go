@@ -70,6 +70,7 @@ func TestEveryListenerTakesEveryGroupCall(t *testing.T) {
 	if got := addrs["broker-1"]; got != s.BrokerAddr(1) {
 		t.Errorf("broker 1 is at %s, by the rule it were %s", got, s.BrokerAddr(1))
 	}
+	addrs["bootstrap, IPv6"] = fmt.Sprintf("[::1]:%d", s.Port)
 	everyListener(t, "all brokers live", addrs, name)
 
 	victim := k.Brokers[1]
