@@ -299,3 +299,28 @@ func TestPortInUseNamesTheFlagAndTheWayOut(t *testing.T) {
 		}
 	}
 }
+
+// The README's table is the one thing people copy flags from.
+func TestReadmeShowsEveryFlagWithItsDefault(t *testing.T) {
+	readme, err := os.ReadFile("../../README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	rows := strings.ReplaceAll(string(readme), `\|`, "|")
+	for i := range settings {
+		s := &settings[i]
+		row := fmt.Sprintf("| `--%s %s` | ", s.name, s.arg)
+		if s.value != "" {
+			row += fmt.Sprintf("`%s` | %s |", s.value, s.usage)
+		}
+		if !strings.Contains(rows, row) {
+			t.Errorf("no row %s", row)
+		}
+	}
+	if got := strings.Count(rows, "\n| `--"); got != len(settings) {
+		t.Errorf("%d rows for %d flags", got, len(settings))
+	}
+	if first, _, _ := strings.Cut(firstThings, "Kafka's own tools"); !strings.Contains(rows, strings.Split(strings.TrimSpace(first), "\n")[0]) {
+		t.Error("the first screen does not show what dev prints")
+	}
+}

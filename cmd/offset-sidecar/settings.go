@@ -49,7 +49,7 @@ var settings = []setting{
 		usage: "host that clients are told; needed when --listen is not on loopback",
 		set:   func(c *Config, v string) error { return host(&c.Proxy.AdvertiseHost, v) }},
 	{name: "data-dir", arg: "DIR",
-		empty: map[string]string{"dev": "in memory", "run": "$XDG_STATE_HOME or ~/.local/state, /offset-sidecar/CLUSTER; as root /var/lib/offset-sidecar/CLUSTER"},
+		empty: map[string]string{"dev": "in memory", "run": "~/.local/state/offset-sidecar/CLUSTER (or in $XDG_STATE_HOME), as root /var/lib/offset-sidecar/CLUSTER"},
 		usage: "where offsets are kept",
 		set:   func(c *Config, v string) error { c.DataDir = v; return nil }},
 	{name: "cluster", value: "default", arg: "NAME",
