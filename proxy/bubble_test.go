@@ -7,6 +7,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/offset-sidecar/offset-sidecar/upstream"
 	"github.com/twmb/franz-go/pkg/kfake"
 	"github.com/twmb/franz-go/pkg/kgo"
 )
@@ -63,6 +64,35 @@ func TestFranzGoInABubble(t *testing.T) {
 			})
 		}
 		cl.Close()
+		s.stop()
+	})
+}
+
+// A broker that is gone for a day gives its port back; one that is only down does not.
+func TestPortOfABrokerLongGoneIsGivenBack(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		network := &kfake.VirtualNetwork{}
+		c := config("127.0.0.1:9001")
+		c.Listen = "127.0.0.1:19092"
+		c.Listener, c.Dial = network.Listen, network.DialContext
+		broker := func(id int32) upstream.Broker { return upstream.Broker{ID: id, Host: "127.0.0.1", Port: 9000 + id} }
+		s := start(t, c, func(s *side) { s.brokers.set(broker(1), broker(2), broker(258)) })
+		if got := s.Addrs(); got[258] != "127.0.0.1:19096" {
+			t.Fatalf("%v", got)
+		}
+		s.brokers.set(broker(1), broker(258))
+		time.Sleep(23 * time.Hour)
+		if got := s.Addrs(); got[2] != "127.0.0.1:19095" {
+			t.Fatalf("its port was given back too early: %v", got)
+		}
+		time.Sleep(3 * time.Hour)
+		if got := s.Addrs(); len(got) != 2 || got[1] == "" || got[258] != "127.0.0.1:19096" {
+			t.Fatalf("%v", got)
+		}
+		s.brokers.set(broker(1), broker(2), broker(258))
+		if got := s.Addrs(); got[2] != "127.0.0.1:19095" {
+			t.Fatalf("%v", got)
+		}
 		s.stop()
 	})
 }

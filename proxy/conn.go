@@ -154,8 +154,8 @@ func (c *conn) suspectLeg(l *leg) bool {
 
 // replace dials a new leg. What is outstanding on the old one is still read.
 func (c *conn) replace(old *leg, addrs []string) *leg {
-	if old != nil && old.outstanding.Load() == 0 {
-		old.close()
+	if old != nil {
+		old.retire()
 	}
 	l := c.newLeg(addrs)
 	c.mu.Lock()

@@ -38,9 +38,15 @@ type leg struct {
 	owner *conn
 	addrs []string      // to be dialled
 	ready chan struct{} // closed when the dial has ended
-	up    atomic.Bool   // set before that if it went well
+	up    atomic.Bool   // set before that if it went well: replies may be read
+	// flushed is closed when the frames kept meanwhile are sent, or never will be; open is set before if they were: the
+	// reader then writes by itself.
+	flushed chan struct{}
+	open    atomic.Bool
 	// broken is set when reading or writing has failed.
 	broken atomic.Bool
+	// retired is set when the reader has no more use for the leg: the writer closes it with the last reply.
+	retired atomic.Bool
 	// Of a leg that is not up, and set before ready is closed: why, and which address was to blame.
 	err  error
 	addr string
@@ -69,7 +75,7 @@ type leg struct {
 
 // newLeg begins to dial the first of these addresses that answers.
 func (c *conn) newLeg(addrs []string) *leg {
-	l := &leg{proxy: c.proxy, owner: c, addrs: addrs, ready: make(chan struct{}), used: time.Now()}
+	l := &leg{proxy: c.proxy, owner: c, addrs: addrs, ready: make(chan struct{}), flushed: make(chan struct{}), used: time.Now()}
 	c.proxy.running.Add(1)
 	go l.dial()
 	return l
@@ -79,12 +85,17 @@ func (l *leg) dial() {
 	c := l.owner
 	defer c.proxy.running.Done()
 	defer c.inflight.signal()
+	defer close(l.flushed)
 	err := l.tryDial()
 	if c.ctx.Err() == nil {
 		c.listener.dialed(err)
 	}
 	close(l.ready)
-	if err != nil && l.silent.Load() {
+	c.inflight.signal()
+	switch {
+	case err == nil:
+		l.flush()
+	case l.silent.Load():
 		c.pause(c.listener.failureDelay())
 		c.close()
 	}
@@ -96,55 +107,57 @@ func (l *leg) tryDial() (err error) {
 			err = fmt.Errorf("panic: %v", broken)
 			l.proxy.logger.Error("dialling the upstream ended in a panic", "panic", broken, "stack", string(debug.Stack()))
 		}
-		if err != nil {
-			l.err = err
-		}
+		l.err = err
+		l.up.Store(err == nil)
 	}()
 	conn, addr, err := l.proxy.dialFirst(l.owner.ctx, l.addrs)
+	l.addr = addr
 	if err != nil {
-		l.addr = addr
 		return err
 	}
-	return l.connected(conn, addr)
-}
-
-// connected sends what has gathered meanwhile and then lets the reader write by itself.
-func (l *leg) connected(conn net.Conn, addr string) error {
 	l.mu.Lock()
+	defer l.mu.Unlock()
 	if l.closed {
-		l.mu.Unlock()
 		_ = conn.Close()
 		return net.ErrClosed
 	}
-	l.conn, l.addr = conn, addr
+	l.conn = conn
 	l.in.conn = conn
 	l.writeBy.set, l.readBy.set = conn.SetWriteDeadline, conn.SetReadDeadline
+	l.sent.Store(time.Now().UnixNano())
 	l.proxy.metrics.Add(tracing.UpstreamConnections, 1)
-	l.mu.Unlock()
+	return nil
+}
+
+// flush sends what has gathered meanwhile and then lets the reader write by itself. Replies are read all the while, so
+// that a broker that answers before it reads on cannot lock us up.
+func (l *leg) flush() {
 	for {
 		l.mu.Lock()
 		pending := l.pending
 		l.pending = nil
 		if len(pending) == 0 {
-			l.sent.Store(time.Now().UnixNano())
-			l.up.Store(true)
+			l.open.Store(true)
 			l.mu.Unlock()
-			return nil
+			return
 		}
 		l.mu.Unlock()
-		_ = conn.SetWriteDeadline(time.Now().Add(l.proxy.config.UpstreamTimeout))
-		if _, err := conn.Write(pending); err != nil {
-			return fmt.Errorf("sending to the upstream: %w", err)
+		_ = l.conn.SetWriteDeadline(time.Now().Add(l.proxy.config.UpstreamTimeout))
+		if _, err := l.conn.Write(pending); err != nil {
+			l.broken.Store(true)
+			_ = l.conn.Close() // so that the writer hears of it
+			return
 		}
-		_ = conn.SetWriteDeadline(time.Time{})
+		_ = l.conn.SetWriteDeadline(time.Time{})
+		l.sent.Store(time.Now().UnixNano())
 	}
 }
 
 // send writes a whole small frame, or keeps it until the leg is up.
 func (l *leg) send(frame []byte, done <-chan struct{}) error {
-	for !l.up.Load() {
+	for !l.open.Load() {
 		l.mu.Lock()
-		if !l.up.Load() && len(l.pending)+len(frame) <= maxPending {
+		if !l.open.Load() && len(l.pending)+len(frame) <= maxPending {
 			l.pending = append(l.pending, frame...)
 			l.mu.Unlock()
 			return nil
@@ -161,11 +174,11 @@ func (l *leg) send(frame []byte, done <-chan struct{}) error {
 	return err
 }
 
-// wait waits until the leg is up; false when it will not be.
+// wait waits until the reader may write; false when it never may.
 func (l *leg) wait(done <-chan struct{}) bool {
 	select {
-	case <-l.ready:
-		return l.up.Load()
+	case <-l.flushed:
+		return l.open.Load()
 	case <-done:
 		return false
 	}
@@ -177,7 +190,7 @@ func (l *leg) dead() bool {
 	if !l.up.Load() {
 		return l.failed()
 	}
-	if !l.broken.Load() && l.outstanding.Load() == 0 && time.Since(l.used) > idleCheck && ended(l.conn) {
+	if l.open.Load() && !l.broken.Load() && l.outstanding.Load() == 0 && time.Since(l.used) > idleCheck && ended(l.conn) {
 		l.broken.Store(true)
 	}
 	return l.broken.Load()
@@ -210,6 +223,21 @@ func (l *leg) address() string {
 		return l.addrs[0]
 	}
 	return ""
+}
+
+// answered notes that a request sent on the leg needs it no more.
+func (l *leg) answered() {
+	if l.outstanding.Add(-1) == 0 && l.retired.Load() {
+		l.close()
+	}
+}
+
+// retire closes the leg as soon as nothing is outstanding on it.
+func (l *leg) retire() {
+	l.retired.Store(true)
+	if l.outstanding.Load() == 0 {
+		l.close()
+	}
 }
 
 // finished says whether there is nothing left to close.

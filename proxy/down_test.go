@@ -429,3 +429,23 @@ func TestShutdownWaitsForClients(t *testing.T) {
 		t.Fatal(err)
 	}
 }
+
+// An address that is not on loopback must be given a name under which clients reach it.
+func TestListeningElsewhereNeedsAName(t *testing.T) {
+	c := config("127.0.0.1:1")
+	c.Listen = "0.0.0.0:0"
+	if err := newProxy(c).Start(); err == nil || !strings.Contains(err.Error(), "--advertise-clients") {
+		t.Fatalf("%v", err)
+	}
+	c.AdvertiseHost = "sidecar.example"
+	s := start(t, c, func(s *side) { s.brokers.set(upstream.Broker{ID: 5, Host: "127.0.0.1", Port: 1}) })
+	if addr := s.Addrs()[5]; !strings.HasPrefix(addr, "sidecar.example:") {
+		t.Fatal(addr)
+	}
+	for _, listen := range []string{"19092", "127.0.0.1:port", "127.0.0.1:70000"} {
+		c.Listen = listen
+		if err := newProxy(c).Start(); err == nil || !strings.Contains(err.Error(), "--listen "+listen) {
+			t.Fatalf("%s: %v", listen, err)
+		}
+	}
+}

@@ -212,7 +212,7 @@ func (c *conn) reply(s *slot) error {
 		s.response = response
 	case slotRelayed:
 		err := c.relay(s)
-		s.leg.outstanding.Add(-1)
+		s.leg.answered()
 		return err
 	}
 	c.out = wire.AppendResponse(c.out, s.correlation, s.response)
