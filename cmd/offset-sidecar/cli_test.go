@@ -56,7 +56,7 @@ func start(t *testing.T, env []string, args ...string) *invocation {
 	p := &program{
 		stdout: &i.stdout, stderr: &i.stderr, signals: i.signals,
 		lookup:  func(name string) (string, bool) { v, ok := vars[name]; return v, ok },
-		exit:    func(code int) { panic(fmt.Sprintf("exit %d", code)) },
+		exit:    func(code int) { i.code <- code },
 		started: func(s *Sidecar) { i.ready <- s },
 	}
 	go func() { i.code <- p.main(append([]string{"offset-sidecar"}, args...)) }()

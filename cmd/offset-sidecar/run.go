@@ -10,6 +10,7 @@ import (
 	"strings"
 	"sync"
 	"syscall"
+	"time"
 
 	"github.com/urfave/cli/v2"
 )
@@ -68,14 +69,7 @@ func (p *program) drain(s *Sidecar, sig os.Signal) error {
 	s.logger.Info("stopping: clients may finish", "signal", sig.String(), "clients", s.proxy.Clients(), "max_drain", s.config.MaxDrain)
 	ended := make(chan struct{})
 	defer close(ended)
-	go func() {
-		select {
-		case <-p.signals:
-			s.logger.Warn("stopped at once by a second signal; clients were not waited for")
-			p.exit(exitFailed)
-		case <-ended:
-		}
-	}()
+	go p.watchSecondSignal(s.logger, ended)
 	ctx, cancel := context.WithTimeout(context.Background(), s.config.MaxDrain)
 	defer cancel()
 	if err := s.Drain(ctx); err != nil {
@@ -84,6 +78,28 @@ func (p *program) drain(s *Sidecar, sig os.Signal) error {
 	s.Close()
 	s.logger.Info("stopped")
 	return nil
+}
+
+// sameSignal is how long after the first signal another one is taken for its echo: timeout(1) sends its signal to the
+// process and then to the group it is in.
+const sameSignal = 100 * time.Millisecond
+
+// watchSecondSignal ends the process at a second signal, unless it has ended before.
+func (p *program) watchSecondSignal(logger *slog.Logger, ended <-chan struct{}) {
+	first := time.Now()
+	for {
+		select {
+		case <-p.signals:
+			if time.Since(first) < sameSignal {
+				continue
+			}
+			logger.Warn("stopped at once by a second signal; clients were not waited for")
+			p.exit(exitFailed)
+			return
+		case <-ended:
+			return
+		}
+	}
 }
 
 // logger makes the one logger of the process.

@@ -198,9 +198,11 @@ func listen(flag, addr string) (net.Listener, error) {
 // bindError names the flag of an address that could not be bound, and the way out.
 func bindError(flag, addr string, err error) error {
 	_, port, _ := net.SplitHostPort(addr)
-	if op := (*net.OpError)(nil); errors.As(err, &op) {
-		err = op // the room's own words would say the same again
+	op := (*net.OpError)(nil)
+	if !errors.As(err, &op) {
+		return err // not about binding
 	}
+	err = op // the room's own words would say the same again
 	switch {
 	case errors.Is(err, syscall.EADDRINUSE):
 		return fmt.Errorf("%s %s: the port is in use by another process (perhaps another sidecar); stop that one ('ss -ltnp sport = :%s' shows it), or choose another port with %s (0 takes any free one) (%w)",

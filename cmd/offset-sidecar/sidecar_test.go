@@ -13,6 +13,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -285,6 +286,29 @@ func TestStoppingSidecarCutsClientsOffAfterMaxDrain(t *testing.T) {
 	if !strings.Contains(i.stderr.String(), "cut off") {
 		t.Errorf("no line says so\n%s", i.stderr.String())
 	}
+}
+
+func TestSecondSignalEndsTheProcessAtOnce(t *testing.T) {
+	i, s := run(t, t.TempDir(), []string{"127.0.0.1:1"})
+	conn, err := net.Dial("tcp", s.Addr())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	eventually(t, "the connection", func() bool { return s.proxy.Clients() == 1 })
+	i.terminate()
+	eventually(t, "draining", func() bool { return s.draining.Load() })
+	i.signals <- syscall.SIGTERM // of the first, as timeout(1) sends it
+	time.Sleep(sameSignal)
+	i.signals <- syscall.SIGTERM
+	if code := i.wait(t); code != exitFailed {
+		t.Errorf("exit code %d", code)
+	}
+	conn.Close() // and the real end, which a test must wait for
+	if code := i.wait(t); code != 0 {
+		t.Errorf("exit code %d", code)
+	}
+	i.ended = true
 }
 
 // A directory that cannot be used ends the start with one line that names it, before anything is bound or changed.
