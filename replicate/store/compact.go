@@ -61,9 +61,12 @@ func (s *Store) compact() {
 
 // Compact makes one pass over all partitions.
 func (s *Store) Compact() error {
+	return s.compactAt(time.Now())
+}
+
+func (s *Store) compactAt(now time.Time) error {
 	s.compactor.running.Lock()
 	defer s.compactor.running.Unlock()
-	now := time.Now()
 	s.compactor.passed.Store(now.UnixMilli())
 	s.compactor.written.Store(0)
 	s.mu.Lock()

@@ -36,7 +36,11 @@ type guard struct {
 }
 
 func newGuard(opt Options, log *slog.Logger) *guard {
-	return &guard{dir: opt.Dir, min: opt.MinFree, ballast: filepath.Join(opt.Dir, ballastName), log: log, space: diskSpace}
+	g := &guard{dir: opt.Dir, min: opt.MinFree, ballast: filepath.Join(opt.Dir, ballastName), log: log, space: opt.space}
+	if g.space == nil {
+		g.space = diskSpace
+	}
+	return g
 }
 
 // floor is MinFree, less on a small filesystem, where an eighth has to do.

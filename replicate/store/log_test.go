@@ -145,15 +145,19 @@ func TestTheCompactedLogBehavesLikeItsModel(t *testing.T) {
 func TestTheTailIsFlushedEveryFiveSeconds(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := openTest(t, "")
+		state := func() (flushed uint64, tail int) {
+			synctest.Wait()
+			r.mu.Lock()
+			defer r.mu.Unlock()
+			return r.flushed.Index, len(r.tail)
+		}
 		r.apply(rec(0, "a", "1"))
-		synctest.Wait()
-		if r.flushed.Index != 0 {
+		if flushed, tail := state(); flushed != 0 || tail != 1 {
 			t.Fatal("flushed at once")
 		}
 		time.Sleep(flushEvery + keepEvery)
-		synctest.Wait()
-		if r.flushed.Index != 1 || len(r.tail) != 0 {
-			t.Fatalf("%+v", r.flushed)
+		if flushed, tail := state(); flushed != 1 || tail != 0 {
+			t.Fatal(flushed, tail)
 		}
 		r.close()
 	})
@@ -196,74 +200,70 @@ func TestTheLargestRecordAndTheLargestEntryFitATransaction(t *testing.T) {
 }
 
 func TestCompactionKeepsTheNewestPerKeyAndTheOffsets(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		r := openTest(t, "")
-		for i := range 1000 {
-			r.apply(rec(0, fmt.Sprint(i%7), fmt.Sprint(i)), rec(1, "only", fmt.Sprint(i)))
-			if i%100 == 0 {
-				r.flushAll()
-			}
+	now := time.Now()
+	r := openTest(t, "")
+	for i := range 1000 {
+		r.apply(rec(0, fmt.Sprint(i%7), fmt.Sprint(i)), rec(1, "only", fmt.Sprint(i)))
+		if i%100 == 0 {
+			r.flushAll()
 		}
-		r.flushAll()
-		if err := r.Compact(); err != nil {
-			t.Fatal(err)
-		}
-		if n := len(r.read(0, 0)); n != 1000 {
-			t.Fatalf("%d records left: superseded ones stay for %v", n, HistoryAge)
-		}
-		time.Sleep(HistoryAge)
-		if err := r.Compact(); err != nil {
-			t.Fatal(err)
-		}
-		if got := fmt.Sprint(offsets(r.read(0, 0))); got != "[993 994 995 996 997 998 999]" {
-			t.Fatal(got)
-		}
-		if got := fmt.Sprint(offsets(r.read(0, 997))); got != "[997 998 999]" {
-			t.Fatal(got)
-		}
-		if all := r.read(1, 5); len(all) != 1 || all[0].Offset != 999 || all[0].Index != 1000 || all[0].Position != 1 || string(all[0].Value) != "999" {
-			t.Fatalf("%+v", all)
-		}
-		r.apply(rec(0, "x", "y"))
-		if all := r.read(0, 1000); len(all) != 1 || all[0].Offset != 1000 {
-			t.Fatalf("%+v", all)
-		}
-		r.close()
-	})
+	}
+	r.flushAll()
+	if err := r.compactAt(now); err != nil {
+		t.Fatal(err)
+	}
+	if n := len(r.read(0, 0)); n != 1000 {
+		t.Fatalf("%d records left: superseded ones stay for %v", n, HistoryAge)
+	}
+	now = now.Add(HistoryAge + time.Minute)
+	if err := r.compactAt(now); err != nil {
+		t.Fatal(err)
+	}
+	if got := fmt.Sprint(offsets(r.read(0, 0))); got != "[993 994 995 996 997 998 999]" {
+		t.Fatal(got)
+	}
+	if got := fmt.Sprint(offsets(r.read(0, 997))); got != "[997 998 999]" {
+		t.Fatal(got)
+	}
+	if all := r.read(1, 5); len(all) != 1 || all[0].Offset != 999 || all[0].Index != 1000 || all[0].Position != 1 || string(all[0].Value) != "999" {
+		t.Fatalf("%+v", all)
+	}
+	r.apply(rec(0, "x", "y"))
+	if all := r.read(0, 1000); len(all) != 1 || all[0].Offset != 1000 {
+		t.Fatalf("%+v", all)
+	}
 }
 
 func TestTombstonesStayADayAndTheLastRecordForEver(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		r := openTest(t, "")
-		r.apply(rec(0, "a", "1"), rec(0, "b", "1"), rec(-1, "s", "1"), rec(1, "c", "1"))
-		r.apply(tombstone(0, "a"), tombstone(-1, "s"), rec(0, "z", "1"), tombstone(1, "c"))
-		r.flushAll()
-		time.Sleep(TombstoneAge - time.Minute)
-		if err := r.Compact(); err != nil {
-			t.Fatal(err)
-		}
-		if got := fmt.Sprint(offsets(r.read(0, 0)), offsets(r.read(1, 0))); got != "[1 2 3] [1]" {
-			t.Fatal(got)
-		}
-		time.Sleep(2 * time.Minute)
-		if err := r.Compact(); err != nil {
-			t.Fatal(err)
-		}
-		if got := fmt.Sprint(offsets(r.read(0, 0)), offsets(r.read(1, 0))); got != "[1 3] [1]" {
-			t.Fatal(got)
-		}
-		keys := 0
-		err := r.db.View(func(txn *badger.Txn) error {
-			return r.eachKey(txn, []byte{rangeLatest, shard}, func(*badger.Item) { keys++ })
-		})
-		if err != nil || keys != 3 {
-			t.Fatalf("%d keys are left of b, z and c: %v", keys, err)
-		}
-		if got := fmt.Sprint(r.latest()); got != "map[0/b:1 0/z:1]" {
-			t.Fatal(got)
-		}
-		r.close()
+	now := time.Now()
+	r := openTest(t, "")
+	r.apply(rec(0, "a", "1"), rec(0, "b", "1"), rec(-1, "s", "1"), rec(1, "c", "1"))
+	r.apply(tombstone(0, "a"), tombstone(-1, "s"), rec(0, "z", "1"), tombstone(1, "c"))
+	r.flushAll()
+	now = now.Add(TombstoneAge - time.Minute)
+	if err := r.compactAt(now); err != nil {
+		t.Fatal(err)
+	}
+	if got := fmt.Sprint(offsets(r.read(0, 0)), offsets(r.read(1, 0))); got != "[1 2 3] [1]" {
+		t.Fatal(got)
+	}
+	now = now.Add(3 * time.Minute)
+	if err := r.compactAt(now); err != nil {
+		t.Fatal(err)
+	}
+	if got := fmt.Sprint(offsets(r.read(0, 0)), offsets(r.read(1, 0))); got != "[1 3] [1]" {
+		t.Fatal(got)
+	}
+	keys := 0
+	err := r.db.View(func(txn *badger.Txn) error {
+		return r.eachKey(txn, []byte{rangeLatest, shard}, func(*badger.Item) { keys++ })
 	})
+	if err != nil || keys != 3 {
+		t.Fatalf("%d keys are left of b, z and c: %v", keys, err)
+	}
+	if got := fmt.Sprint(r.latest()); got != "map[0/b:1 0/z:1]" {
+		t.Fatal(got)
+	}
 }
 
 func TestCompactionBoundsTheHistory(t *testing.T) {

@@ -6,6 +6,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -274,14 +275,14 @@ func TestTheWatermarkFollowsWithinASecond(t *testing.T) {
 }
 
 func TestNoSpaceFailsAppendsCleanlyAndStableWritesWait(t *testing.T) {
-	dir := t.TempDir()
-	r := openTest(t, dir)
-	free := int64(1 << 30)
-	g := r.files.guard
-	g.min = 64 << 20
-	g.space = func(string) (int64, int64, error) { return free, 10 << 30, nil }
+	var free atomic.Int64
+	free.Store(300 << 20) // too little for a ballast
+	r := &reopenable{t: t, opt: Options{Dir: t.TempDir(), MinFree: 64 << 20}}
+	r.opt.space = func(string) (int64, int64, error) { return free.Load(), 10 << 30, nil }
+	r.open()
+	t.Cleanup(func() { r.Store.Close() })
 	r.mustStore(entries(1, 1, 3, 10))
-	free = 63 << 20
+	free.Store(63 << 20)
 	for range 2 {
 		if err := r.RaftLog().StoreLogs(entries(1, 4, 4, 10)); !errors.Is(err, ErrNoSpace) {
 			t.Fatal(err)
@@ -293,7 +294,19 @@ func TestNoSpaceFailsAppendsCleanlyAndStableWritesWait(t *testing.T) {
 	if err := r.Stable().SetUint64(keyCurrentTerm, 2); err != nil {
 		t.Fatal(err) // raft's few bytes still go in
 	}
-	free = 1 << 30
+	free.Store(1 << 20) // but not on a full disk: they wait
+	wrote := make(chan error, 1)
+	go func() { wrote <- r.Stable().SetUint64(keyCurrentTerm, 3) }()
+	select {
+	case err := <-wrote:
+		t.Fatal("written to a full disk", err)
+	case <-time.After(50 * time.Millisecond):
+	}
+	free.Store(300 << 20)
+	if err := <-wrote; err != nil {
+		t.Fatal(err)
+	}
+	free.Store(300 << 20)
 	r.mustStore(entries(1, 4, 4, 10))
 	r.wantEnds(1, 4)
 }

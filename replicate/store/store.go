@@ -45,6 +45,8 @@ type Options struct {
 	Logger     *slog.Logger
 	// OnFatal is called once, on a goroutine of its own, when the store must not be used any more.
 	OnFatal func(error)
+
+	space func(dir string) (free, total int64, err error) // instead of statfs, in tests
 }
 
 // Store is one open database.
