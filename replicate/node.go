@@ -335,8 +335,8 @@ func (n *Node) end(cause error) (err error) {
 		if cause != nil {
 			n.log.Error("replication has ended", "err", cause)
 		}
-		close(n.events)
 		close(n.ended)
+		close(n.events) // after ended: whoever sees this close may ask Err
 	})
 	return err
 }
