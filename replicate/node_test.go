@@ -15,7 +15,8 @@ type harness struct {
 	n      *Node
 	term   uint64
 	seq    uint64
-	events []Event // everything seen
+	queue  []Event // seen while an entry was offered
+	events []Event // everything taken
 }
 
 func testConfig(dir string) Config {
@@ -41,6 +42,12 @@ func openHarness(t *testing.T, c Config) *harness {
 // next takes one event.
 func (h *harness) next() Event {
 	h.Helper()
+	if len(h.queue) > 0 {
+		e := h.queue[0]
+		h.queue = h.queue[1:]
+		h.events = append(h.events, e)
+		return e
+	}
 	select {
 	case e, ok := <-h.n.Events():
 		if !ok {
@@ -81,7 +88,7 @@ func (h *harness) offer(e Entry) {
 			if !ok {
 				h.Fatalf("events ended: %v", h.n.Err())
 			}
-			h.events = append(h.events, ev)
+			h.queue = append(h.queue, ev)
 		case <-time.After(20 * time.Second):
 			h.Fatal("entry not taken for 20 s")
 		}
