@@ -57,7 +57,7 @@ func (t *table) judgeTopicIDs() {
 		}
 		t.topicIDs = false
 		for _, k := range answer.ApiKeys {
-			if k.ApiKey == 3 {
+			if k.ApiKey == keyMetadata {
 				t.topicIDs = k.MaxVersion >= 10
 			}
 		}

@@ -386,7 +386,7 @@ func askVersions(conn net.Conn) (*kmsg.ApiVersionsResponse, error) {
 		}
 		lower := int16(0)
 		for _, k := range resp.ApiKeys {
-			if k.ApiKey == 18 {
+			if k.ApiKey == keyApiVersions {
 				lower = k.MaxVersion
 			}
 		}

@@ -2,7 +2,6 @@ package proxy_test
 
 import (
 	"bytes"
-	"encoding/binary"
 	"math/rand/v2"
 	"net"
 	"os"
@@ -59,48 +58,13 @@ func replyOrder(t *testing.T, seed uint64) {
 		}
 	})
 	c := dial(t, s.Addrs()[1])
-	type expected struct {
-		id   int32
-		body []byte // nil: any
-	}
 	var want []expected
 	var sends [][]byte
-	format := kmsg.NewRequestFormatter(kmsg.FormatterClientID("raw"))
-	random := func(n int) []byte {
-		body := make([]byte, n)
-		for i := range body {
-			body[i] = byte(rng.Uint32())
-		}
-		return body
-	}
 	for i := range int32(requests) {
-		id := i ^ 0x5a5a // not ascending
-		switch rng.IntN(8) {
-		case 0, 1: // ListOffsets 0, of any size
-			body := random([]int{10, 100, 5000, 70000, 300000}[min(rng.IntN(9), 4)])
-			sends = append(sends, frame(2, 0, id, body))
-			want = append(want, expected{id, body})
-		case 2: // acks 0
-			body := append(binary.BigEndian.AppendUint16(nil, 0), random([]int{20, 20, 100000}[rng.IntN(3)])...)
-			sends = append(sends, frame(0, 0, id, append(body, 0xac, 0)))
-		case 3: // acks 1
-			body := append(binary.BigEndian.AppendUint16(nil, 1), random(200)...)
-			sends = append(sends, frame(0, 0, id, body))
-			want = append(want, expected{id, body})
-		case 4:
-			sends = append(sends, format.AppendRequest(nil, heartbeat("m"), id))
-			want = append(want, expected{id, nil})
-		case 5:
-			sends = append(sends, format.AppendRequest(nil, versioned(kmsg.NewPtrOffsetFetchRequest(), 8), id))
-			want = append(want, expected{id, nil})
-		case 6:
-			sends = append(sends, format.AppendRequest(nil, metadata(), id))
-			want = append(want, expected{id, nil})
-		case 7:
-			req := versioned(kmsg.NewPtrFindCoordinatorRequest(), 4)
-			req.CoordinatorKeys = []string{"g"}
-			sends = append(sends, format.AppendRequest(nil, req, id))
-			want = append(want, expected{id, nil})
+		sent, w := randomRequest(rng, i^0x5a5a) // not ascending
+		sends = append(sends, sent)
+		if w != nil {
+			want = append(want, *w)
 		}
 	}
 	go func() {
@@ -126,6 +90,46 @@ func replyOrder(t *testing.T, seed uint64) {
 		}
 		ordinal = r.Client.Ordinal
 	}
+}
+
+// expected is the reply to a request: its body, if that is known.
+type expected struct {
+	id   int32
+	body []byte
+}
+
+// randomRequest makes a request of one of many kinds, and says what must answer it; nil: nothing.
+func randomRequest(rng *rand.Rand, id int32) ([]byte, *expected) {
+	random := func(n int) []byte {
+		body := make([]byte, n)
+		for i := range body {
+			body[i] = byte(rng.Uint32())
+		}
+		return body
+	}
+	known := func(req kmsg.Request) ([]byte, *expected) {
+		return kmsg.NewRequestFormatter(kmsg.FormatterClientID("raw")).AppendRequest(nil, req, id), &expected{id, nil}
+	}
+	switch rng.IntN(8) {
+	case 0, 1: // ListOffsets 0, of any size
+		body := random([]int{10, 100, 5000, 70000, 300000}[min(rng.IntN(9), 4)])
+		return frame(2, 0, id, body), &expected{id, body}
+	case 2: // acks 0
+		body := append([]byte{0, 0}, random([]int{20, 20, 100000}[rng.IntN(3)])...)
+		return frame(0, 0, id, append(body, 0xac, 0)), nil
+	case 3: // acks 1
+		body := append([]byte{0, 1}, random(200)...)
+		return frame(0, 0, id, body), &expected{id, body}
+	case 4:
+		return known(heartbeat("m"))
+	case 5:
+		return known(versioned(kmsg.NewPtrOffsetFetchRequest(), 8))
+	case 6:
+		return known(metadata())
+	}
+	req := versioned(kmsg.NewPtrFindCoordinatorRequest(), 4)
+	req.CoordinatorKeys = []string{"g"}
+	return known(req)
 }
 
 // A heartbeat on a connection whose fetch is stuck reaches the coordinator when it is read (sarama and kafkajs share one

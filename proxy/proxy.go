@@ -291,9 +291,9 @@ func (p *Proxy) serve(l *listener, client net.Conn) {
 	p.mu.Lock()
 	if len(p.conns) >= p.config.MaxConnections || p.ctx.Err() != nil {
 		p.mu.Unlock()
-		_ = client.Close()
 		p.metrics.Add(tracing.ConnectionsRefused, 1)
 		p.complain("a client was turned away: there are %d connections already (--max-connections)", p.config.MaxConnections)
+		_ = client.Close()
 		return
 	}
 	c := newConn(p, l, client)

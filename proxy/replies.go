@@ -429,7 +429,7 @@ func (p *Proxy) rewrite(s *slot, frame []byte) ([]byte, error) {
 		p.table.learn(endpoints)
 		rewritten, err = wire.RewriteResponse(s.key, s.version, frame, advertise)
 	}
-	if err == nil && named == 0 && s.key == 3 {
+	if err == nil && named == 0 && s.key == keyMetadata {
 		return nil, errNoBrokers // librdkafka never recovers from such a reply (librdkafka#5301)
 	}
 	return rewritten, err

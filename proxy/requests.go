@@ -1,6 +1,7 @@
 package proxy
 
 import (
+	"bytes"
 	"encoding/binary"
 	"errors"
 	"net"
@@ -15,6 +16,19 @@ const (
 	endGrace      = 2 * time.Second // for what is outstanding when a client has ended its side or made a mistake
 	maxHeader     = 1 << 17         // bytes in which a request header must end: a client id has 32 KiB at most
 	maxRepeatable = 1 << 20         // bytes of a request that is kept to ask another broker
+)
+
+// More api keys by name; see versions.go for the others.
+const (
+	keyMetadata                = 3
+	keySaslHandshake           = 17
+	keyInitProducerID          = 22
+	keyDescribeConfigs         = 32
+	keyAlterConfigs            = 33
+	keySaslAuthenticate        = 36
+	keyIncrementalAlterConfigs = 44
+	keyDescribeCluster         = 60
+	keyDescribeTopicPartitions = 75
 )
 
 // readRequests reads the client until it ends its side or makes a mistake. What is outstanding is then still answered,
@@ -191,27 +205,28 @@ func (c *conn) relayRequest(h wire.RequestHeader, r route, total int) error {
 	if err != nil {
 		return err
 	}
-	if total > maxRepeatable || total > largeBuffer && r.bound {
+	if total > maxRepeatable || total >= spliceFrom && r.bound {
 		return c.relayLarge(s, total, silent)
 	}
-	if !r.bound || h.APIKey == 22 || h.APIKey == 32 || h.APIKey == 33 || h.APIKey == 44 {
+	if !r.bound {
 		frame, err := c.in.readWhole(total)
 		if err != nil {
 			return err
 		}
-		if !isBound(h, frame[4:]) {
-			return c.sendToAny(h, s, frame)
-		}
-		return c.sendOwn(s, frame, false)
-	}
-	if total >= spliceFrom {
-		return c.relayLarge(s, total, silent)
+		return c.sendToAny(h, s, frame)
 	}
 	if err := c.in.need(total); err != nil {
 		return err
 	}
-	if h.APIKey == 17 || h.APIKey == 36 {
+	switch h.APIKey {
+	case keySaslHandshake, keySaslAuthenticate:
 		c.passed = true
+	case keyInitProducerID, keyDescribeConfigs, keyAlterConfigs, keyIncrementalAlterConfigs:
+		if !isBound(h, c.in.buffered()[4:total]) {
+			frame := bytes.Clone(c.in.buffered()[:total])
+			c.in.take(total)
+			return c.sendToAny(h, s, frame)
+		}
 	}
 	err = c.sendOwn(s, c.in.buffered()[:total], silent)
 	c.in.take(total)
@@ -264,10 +279,11 @@ func (c *conn) sendToAny(h wire.RequestHeader, s slot, frame []byte) (err error)
 		s.request = frame
 	}
 	switch h.APIKey {
-	case keyFindCoordinator, 3, 60, 75:
+	case keyFindCoordinator, keyMetadata, keyDescribeCluster:
+		s.repeatable, s.rewrite = true, true
+	case keyDescribeTopicPartitions:
 		s.repeatable = true
 	}
-	s.rewrite = s.repeatable && h.APIKey != 75
 	if s.leg, err = c.anyLeg(); err != nil {
 		return err
 	}
