@@ -22,7 +22,7 @@ import (
 const (
 	kafkaDataLimit    = 512 << 20 // bytes of all topics; then each large partition loses its older half
 	kafkaSegment      = 1 << 20   // what is deleted is given back in files of this size
-	kafkaCheckEvery   = 8 << 20   // bytes received between two looks at the limit
+	kafkaCheckEvery   = 8 << 20   // bytes received between two looks at the limit, which is kept twice as far away
 	kafkaPartitions   = 4         // of a topic created on demand
 	kafkaFrameLimit   = 128 << 20 // of a request; the proxy in front allows less
 	kafkaClusterID    = "offset-sidecar-dev-kfake"
@@ -120,11 +120,12 @@ type kept struct {
 // trim deletes the older half of the largest partition until all are below the limit.
 func (k *embeddedKafka) trim(ctx context.Context) error {
 	partitions, total, err := k.measure(ctx)
-	if err != nil || total <= k.limit {
+	most := k.limit - 2*kafkaCheckEvery // one look's worth may come before the next, and some is still on its way
+	if err != nil || total <= most {
 		return err
 	}
 	deleted := int64(0)
-	for total-deleted > k.limit*7/8 && len(partitions) > 0 {
+	for total-deleted > most*7/8 && len(partitions) > 0 {
 		i := largest(partitions)
 		p := &partitions[i]
 		before, to := p.bytes, p.low+(p.high-p.low+1)/2
