@@ -278,6 +278,15 @@ func (m *member) matches(protocols []protocol) bool {
 	})
 }
 
+// showAssignments takes over the assignments of the generation before: Describe shows them until the next are there.
+func (c *classic) showAssignments(before *classic) {
+	for _, m := range c.members {
+		if b := before.byID[m.id]; b != nil {
+			m.assignment = b.assignment
+		}
+	}
+}
+
 // enrich adds to a group that was read from its GroupMetadataValue what only the record of its join round has: all
 // protocols of the members, how they came by their ids, and, if departed, who has gone since. Else membership stays as
 // it was: an append that was cut off between the two records may have left the round a step ahead.

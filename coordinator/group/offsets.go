@@ -316,6 +316,9 @@ func (s *State) fetchAll(in *Input, version int16, g *group) []kmsg.OffsetFetchR
 		t := kmsg.OffsetFetchResponseGroupTopic{Topic: name}
 		current, _, _ := in.Topics.Topic(name)
 		t.TopicID = current
+		if current == [16]byte{} && in.AcceptUnknownTopics {
+			t.TopicID = offsets.storedID()
+		}
 		if version >= 10 && t.TopicID == [16]byte{} {
 			continue
 		}
@@ -330,6 +333,17 @@ func (s *State) fetchAll(in *Input, version int16, g *group) []kmsg.OffsetFetchR
 		}
 	}
 	return topics
+}
+
+// storedID is the topic id of the commit made last, zero if none was known then.
+func (t *topicOffsets) storedID() (id [16]byte) {
+	newest := int64(math.MinInt64)
+	for _, o := range t.list {
+		if c, ok := decodeOffset(o.value); ok && c.topicID != [16]byte{} && c.committed > newest {
+			id, newest = c.topicID, c.committed
+		}
+	}
+	return id
 }
 
 // noMetadata is what a commit without metadata, and a partition without a commit, shows.

@@ -108,6 +108,9 @@ func (s *State) derive(g *group) {
 		if r, left, readable := decodeRound(g.round); readable {
 			switch {
 			case !ok || r.generation > c.generation:
+				if ok {
+					r.showAssignments(c)
+				}
 				c, ok, departed = r, true, left
 			case r.generation == c.generation && c.state == stable:
 				c.enrich(r, left)

@@ -7,8 +7,8 @@ import (
 )
 
 // UnknownTopics gives the topics of a request that the table does not know, or not with so many partitions: the
-// upstream is asked for them once before they are refused.
-func UnknownTopics(req kmsg.Request, t Topics) (names []string, ids [][16]byte) {
+// upstream is asked for them once before they are refused, or left out for want of an id.
+func (s *State) UnknownTopics(req kmsg.Request, t Topics) (names []string, ids [][16]byte) {
 	name := func(n string, highest int32) {
 		if n == "" || len(n) > maxTopic {
 			return
@@ -42,9 +42,14 @@ func UnknownTopics(req kmsg.Request, t Topics) (names []string, ids [][16]byte) 
 		}
 	case *kmsg.OffsetFetchRequest:
 		if req.Version >= 10 {
-			for _, g := range req.Groups {
-				for _, t := range g.Topics {
+			for _, rg := range req.Groups {
+				for _, t := range rg.Topics {
 					id(t.TopicID, -1)
+				}
+				if g := s.groups[rg.Group]; g != nil && rg.Topics == nil {
+					for _, n := range sortedTopics(g.offsets) {
+						name(n, -1)
+					}
 				}
 			}
 		}
