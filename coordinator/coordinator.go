@@ -222,9 +222,10 @@ func (c *Coordinator) handleRequest(r *Request) {
 // lookUp begins to ask the upstream for topics of the request that are not known, and says whether it did. What the
 // client gets depends on them (Kafka refuses commits for unknown topics), and its later requests wait behind it.
 func (c *Coordinator) lookUp(r *Request, behind []*Request) bool {
-	names, ids := group.UnknownTopics(r.Body, c.topics)
-	if len(names)+len(ids) == 0 {
-		return false
+	var names []string
+	var ids [][16]byte
+	if c.guard(func() { names, ids = c.state.UnknownTopics(r.Body, c.topics) }) != nil || len(names)+len(ids) == 0 {
+		return false // what is broken shows in the step
 	}
 	c.lastLookup++
 	session, id := r.Client.Session, c.lastLookup

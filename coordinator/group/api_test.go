@@ -64,7 +64,12 @@ func TestUnknownTopicsAreThoseToAskFor(t *testing.T) {
 	missing := topicTable{}
 	missing.add("lost", 1, 1)
 	missing.add("orders", 3, 1)
+	w := newWorld(t, scriptConfig())
+	w.topics.add("lost", 1, 1)
+	w.step("c1", "commit", parseRequest(t, w.topics, "commit v9 offsets=orders/0:5,lost/0:6"), 0)
 	for text, want := range map[string]string{
+		"fetch v10 topics=null":                           "[lost]",
+		"fetch v9 topics=null":                            "[]",
 		"commit v9 offsets=orders/2:1,orders/0:1":         "[]",
 		"commit v9 offsets=orders/3:1,nope/0:1,nope/1:1":  "[orders nope]",
 		"commit v10 offsets=orders/3:1,lost/0:1,lost/1:1": "[orders] lost",
@@ -74,7 +79,7 @@ func TestUnknownTopicsAreThoseToAskFor(t *testing.T) {
 		"commit v9 offsets=rep(x,250)/0:1":                "[]",
 		"join v9":                                         "[]",
 	} {
-		names, ids := UnknownTopics(parseRequest(t, missing, text), topics)
+		names, ids := w.state.UnknownTopics(parseRequest(t, missing, text), topics)
 		got := fmt.Sprint(names)
 		for _, id := range ids {
 			got += " " + nameOf("", id)[len("id:"):]
@@ -92,6 +97,7 @@ func TestTopicIDsAreRememberedWhileTheUpstreamIsDown(t *testing.T) {
 	w.step("c1", "commit", parseRequest(t, all, "commit v9 offsets=orders/0:5"), 0)
 	w.topics, w.blind = topicTable{}, true
 	for text, want := range map[string]string{
+		"fetch v10 topics=null":             "g NONE {orders/0 5@-1}", // known by its id, else it would be left out
 		"fetch v10 topics=orders/0,audit/0": "g NONE {id:orders/0 5@-1, id:audit/0 -1@-1 UNKNOWN_TOPIC_ID}",
 		"commit v10 offsets=orders/1:6":     "id:orders/1 NONE",
 		"commit v10 offsets=audit/0:6":      "id:audit/0 UNKNOWN_TOPIC_ID",

@@ -1,6 +1,8 @@
 package group
 
 import (
+	"math"
+
 	"github.com/twmb/franz-go/pkg/kmsg"
 )
 
