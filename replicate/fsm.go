@@ -65,7 +65,7 @@ var errEnding = errors.New("the node is closing")
 // end stops applying: a gap must never follow.
 func (f *fsm) end(err error) {
 	f.ended = true
-	if !errors.Is(err, errEnding) {
+	if !errors.Is(err, errEnding) && !errors.Is(err, store.ErrClosing) {
 		f.fatal(err)
 	}
 }

@@ -326,6 +326,7 @@ func (n *Node) Close() error {
 func (n *Node) end(cause error) (err error) {
 	n.ending.Do(func() {
 		close(n.stop)
+		n.store.Release()
 		// Raft goes on until the workers have their answers: what is on its way to the fsm when raft is shut down is never
 		// answered.
 		n.workers.Wait()

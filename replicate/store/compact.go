@@ -53,7 +53,7 @@ func (s *Store) compact() {
 		if !s.compactor.due(time.Now()) || s.Err() != nil || s.checkSpace() != nil {
 			continue
 		}
-		if err := s.Compact(); err != nil && !errors.Is(err, errClosing) {
+		if err := s.Compact(); err != nil && !errors.Is(err, ErrClosing) {
 			s.log.Warn("compacting the log failed; it will be tried again", "err", err)
 		}
 	}
@@ -134,7 +134,7 @@ func (s *Store) eachKey(txn *badger.Txn, prefix []byte, f func(*badger.Item)) er
 	defer it.Close()
 	for it.Rewind(); it.Valid(); it.Next() {
 		if s.isClosing() {
-			return errClosing
+			return ErrClosing
 		}
 		f(it.Item())
 	}
@@ -164,7 +164,7 @@ func (s *Store) compactPartition(partition int32, now time.Time, history time.Du
 		defer it.Close()
 		for it.Rewind(); it.Valid(); it.Next() {
 			if s.isClosing() {
-				return errClosing
+				return ErrClosing
 			}
 			value, err := it.Item().ValueCopy(nil)
 			if err != nil {

@@ -11,8 +11,8 @@ import (
 
 const allOfTail = math.MaxUint64
 
-// errClosing: the store is being closed; what was not applied will be replayed.
-var errClosing = errors.New("the store is closing")
+// ErrClosing says that the store is being closed; what was not applied will be replayed.
+var ErrClosing = errors.New("the store is closing")
 
 // tailEntry is an applied entry that has not been flushed.
 type tailEntry struct {
@@ -52,7 +52,7 @@ func (s *Store) appendTail(e tailEntry) error {
 		s.room.Wait()
 	}
 	if s.closing {
-		return errClosing
+		return ErrClosing
 	}
 	if err := s.Err(); err != nil {
 		return err

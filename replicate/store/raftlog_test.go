@@ -311,6 +311,41 @@ func TestNoSpaceFailsAppendsCleanlyAndStableWritesWait(t *testing.T) {
 	r.wantEnds(1, 4)
 }
 
+func TestNothingWaitsForSpaceAcrossARelease(t *testing.T) {
+	var free atomic.Int64
+	free.Store(300 << 20)
+	r := &reopenable{t: t, opt: Options{Dir: t.TempDir(), MinFree: 64 << 20}}
+	r.opt.space = func(string) (int64, int64, error) { return free.Load(), 10 << 30, nil }
+	r.open()
+	free.Store(1 << 20)
+	wrote, appended := make(chan error, 1), make(chan error, 1)
+	go func() { wrote <- r.Stable().SetUint64(keyCurrentTerm, 3) }()
+	go func() {
+		value := make([]byte, 900<<10)
+		for index := uint64(1); ; index++ {
+			if err := r.Append(index, 1, 1, index+1, []Record{{Partition: 0, Key: []byte("k"), Value: value}}); err != nil {
+				appended <- err
+				return
+			}
+		}
+	}()
+	time.Sleep(50 * time.Millisecond) // both wait, or will
+	r.Release()
+	if err := <-appended; !errors.Is(err, ErrClosing) {
+		t.Fatal(err)
+	}
+	if err := <-wrote; err != nil {
+		t.Fatal("raft would panic", err)
+	}
+	free.Store(300 << 20)
+	if err := r.RaftLog().StoreLogs(entries(3, 1, 1, 10)); !errors.Is(err, ErrClosing) {
+		t.Fatal("an entry of a term that was not written was taken", err)
+	}
+	r.close()
+	r.open()
+	r.close()
+}
+
 func TestABallastIsGivenUpToStartOnAFullDisk(t *testing.T) {
 	dir := t.TempDir()
 	free, total := int64(40<<20), int64(10<<30)

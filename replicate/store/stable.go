@@ -20,6 +20,9 @@ var _ raft.StableStore = (*Stable)(nil)
 // Set writes one value; it is on disk when Set returns nil.
 func (t *Stable) Set(key, value []byte) error {
 	if f := t.s.files; f != nil && !f.guard.wait(t.s.stop) {
+		// A term that was not written must not get into the log either.
+		err := ErrClosing
+		t.s.broken.CompareAndSwap(nil, &err)
 		return nil
 	}
 	if t.s.Err() != nil {

@@ -343,7 +343,7 @@ func (s *Store) keep() {
 
 // Close flushes, writes the watermark and closes the database. Raft must have stopped.
 func (s *Store) Close() error {
-	s.release()
+	s.Release()
 	s.workers.Wait()
 	var err error
 	if s.Err() == nil {
@@ -356,8 +356,9 @@ func (s *Store) Close() error {
 	return errors.Join(err, s.shut())
 }
 
-// release ends the workers and everything that waits.
-func (s *Store) release() {
+// Release begins the end: everything that waits for space gives up, Append fails with ErrClosing, and the workers
+// stop. Raft may still be running, and can be stopped now whatever it was waiting for. Close follows.
+func (s *Store) Release() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if !s.closing {
