@@ -28,7 +28,8 @@
 // A leg is dialled when it is first needed, in a goroutine of its own, so that nothing waits for a dead broker but what
 // was meant for it. A session holds the connection's group requests while no coordinator is active and sends them again
 // when there is one. Frames from 64 KiB on are moved by splice between TCP sockets; smaller ones go through one buffer,
-// several in one write where they lie ready.
+// several in one write where they lie ready. On a connection that talks to its broker alone writeReplies does not wait to
+// be told of a slot: it listens to the leg, whose reply wakes it.
 //
 // # Goroutines
 //

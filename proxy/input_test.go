@@ -130,7 +130,7 @@ func TestMaxInflightStopsReading(t *testing.T) {
 		cl.send(1+i, heartbeat("m"))
 	}
 	until(t, "three heartbeats were read", func() bool { return len(s.echo.requests()) == 3 })
-	time.Sleep(20 * time.Millisecond)
+	time.Sleep(20 * time.Millisecond) // time to do what it must not
 	if n := len(s.echo.requests()); n != 3 {
 		t.Fatalf("%d heartbeats were read", n)
 	}

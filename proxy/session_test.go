@@ -137,7 +137,7 @@ func TestHeldRequestsAreAnsweredByTheirDeadline(t *testing.T) {
 		t.Fatalf("error %d", resp.ErrorCode)
 	}
 	s.echo.set(true, 2)
-	time.Sleep(20 * time.Millisecond)
+	time.Sleep(20 * time.Millisecond) // time to do what it must not
 	if n := len(s.echo.requests()); n != 0 {
 		t.Fatalf("%d requests were executed after they had been answered", n)
 	}
