@@ -130,10 +130,15 @@ func crashOnce(t *testing.T, dir string, first int, acked map[int]bool) {
 		t.Fatal(err)
 	}
 	lines := bufio.NewScanner(out)
+	kill := func() { _ = cmd.Process.Kill() }
 	var timer *time.Timer
+	if rand.IntN(3) == 0 { // while it opens and replays
+		timer = time.AfterFunc(time.Duration(rand.IntN(80))*time.Millisecond, kill)
+		defer timer.Stop()
+	}
 	for lines.Scan() {
 		if timer == nil { // from the first acknowledgement on; some kills come at once, some after flushes
-			timer = time.AfterFunc(time.Duration(rand.IntN(700))*time.Millisecond, func() { _ = cmd.Process.Kill() })
+			timer = time.AfterFunc(time.Duration(rand.IntN(700))*time.Millisecond, kill)
 			defer timer.Stop()
 		}
 		n, err := strconv.Atoi(lines.Text())
@@ -206,5 +211,8 @@ func crashCheck(t *testing.T, dir string, acked map[int]bool) int {
 		t.Fatalf("latest lacks %v", newest)
 	}
 	h.close()
+	if len(numbers) == 0 {
+		return -1
+	}
 	return numbers[len(numbers)-1]
 }
