@@ -12,20 +12,37 @@ import (
 type group struct {
 	id        string
 	partition int32
-	meta      []byte // GroupMetadataValue
-	round     []byte // the join round completed last
-	seenValue []byte // when a client was last seen, coarsely
-	offsets   map[string]*topicOffsets
+	meta      []byte         // GroupMetadataValue
+	round     []byte         // the join round completed last
+	seenValue []byte         // when a client was last seen, coarsely
+	offsets   []topicOffsets // sorted by topic
 
 	live *classic
 	seen int64 // milliseconds; when a client was last seen in this activation, 0 for not yet
 }
 
-// topicOffsets are a group's offsets of a topic, sorted by partition. Names are interned: a million keys share some
-// hundred topic names.
+// topicOffsets are a group's offsets of a topic, sorted by partition. Slices rather than maps, for most groups have few
+// of each. Names are interned: a million keys share some hundred topic names.
 type topicOffsets struct {
-	name unique.Handle[string]
-	list []partitionOffset
+	topic unique.Handle[string]
+	list  []partitionOffset
+}
+
+func (t *topicOffsets) name() string { return t.topic.Value() }
+
+// topicAt is where the offsets of a topic are, or would be.
+func (g *group) topicAt(name string) (int, bool) {
+	return slices.BinarySearchFunc(g.offsets, name, func(t topicOffsets, name string) int {
+		return cmp.Compare(t.name(), name)
+	})
+}
+
+// topic gives the offsets of a topic, nil if there are none. It holds until the next record is applied.
+func (g *group) topic(name string) *topicOffsets {
+	if i, ok := g.topicAt(name); ok {
+		return &g.offsets[i]
+	}
+	return nil
 }
 
 type partitionOffset struct {
@@ -73,7 +90,7 @@ func (s *State) Record(key []byte) []byte {
 	}
 	switch k.kind {
 	case keyOffset:
-		if t := g.offsets[string(k.topic)]; t != nil {
+		if t := g.topic(string(k.topic)); t != nil {
 			if i, ok := t.find(k.partition); ok {
 				return t.list[i].value
 			}
@@ -125,27 +142,23 @@ func (s *State) swap(key, value []byte) (previous []byte) {
 }
 
 func (g *group) swapOffset(k recordKey, value []byte) (previous []byte) {
-	t := g.offsets[string(k.topic)]
-	if t == nil {
-		if value == nil {
-			return nil
+	at, found := g.topicAt(string(k.topic))
+	if !found {
+		if value != nil {
+			t := topicOffsets{unique.Make(string(k.topic)), []partitionOffset{{k.partition, value}}}
+			g.offsets = slices.Insert(g.offsets, at, t)
 		}
-		name := unique.Make(string(k.topic))
-		t = &topicOffsets{name: name}
-		if g.offsets == nil {
-			g.offsets = map[string]*topicOffsets{}
-		}
-		g.offsets[name.Value()] = t
+		return nil
 	}
+	t := &g.offsets[at]
 	i, found := t.find(k.partition)
 	switch {
 	case found && value != nil:
 		previous, t.list[i].value = t.list[i].value, value
 	case found:
 		previous = t.list[i].value
-		t.list = slices.Delete(t.list, i, i+1)
-		if len(t.list) == 0 {
-			delete(g.offsets, t.name.Value())
+		if t.list = slices.Delete(t.list, i, i+1); len(t.list) == 0 {
+			g.offsets = slices.Delete(g.offsets, at, at+1)
 		}
 	case value != nil:
 		t.list = slices.Insert(t.list, i, partitionOffset{k.partition, value})

@@ -113,10 +113,9 @@ func (s *State) deleteGroups(in *Input, req *kmsg.DeleteGroupsRequest) {
 
 // deleteGroup yields the tombstones of an Empty group and of all its offsets.
 func (s *State) deleteGroup(g *group) {
-	for _, name := range sortedTopics(g.offsets) {
-		for _, p := range slices.Clone(g.offsets[name].list) {
-			s.put(g.partition, appendOffsetKey(nil, g.id, name, p.partition), nil)
-		}
+	for len(g.offsets) > 0 {
+		t := &g.offsets[0]
+		s.put(g.partition, appendOffsetKey(nil, g.id, t.name(), t.list[0].partition), nil)
 	}
 	s.deleteGroupItself(g)
 }

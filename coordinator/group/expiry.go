@@ -2,6 +2,7 @@ package group
 
 import (
 	"encoding/binary"
+	"slices"
 	"time"
 )
 
@@ -59,12 +60,13 @@ func (s *State) expireGroupOffsets(g *group) (all bool) {
 	now, retention := s.now.UnixMilli(), s.cfg.OffsetsRetention.Milliseconds()
 	seen := s.lastSeen(g)
 	all = true
-	for _, name := range sortedTopics(g.offsets) {
+	for _, t := range slices.Clone(g.offsets) {
+		name := t.name()
 		if c.subscribesTo(name) {
 			all = false
 			continue
 		}
-		for _, p := range append([]partitionOffset(nil), g.offsets[name].list...) {
+		for _, p := range slices.Clone(t.list) {
 			o, ok := decodeOffset(p.value)
 			from := o.committed
 			if base != -1 {

@@ -49,10 +49,10 @@ func (in *Input) topicByID(g *group, id [16]byte) (t topicOf) {
 		return t
 	}
 	if in.AcceptUnknownTopics && g != nil {
-		for name, offsets := range g.offsets {
-			for _, p := range offsets.list {
+		for _, t := range g.offsets {
+			for _, p := range t.list {
 				if c, ok := decodeOffset(p.value); ok && c.topicID == id {
-					return topicOf{name: name, id: id, partitions: -1}
+					return topicOf{name: t.name(), id: id, partitions: -1}
 				}
 			}
 		}
@@ -162,6 +162,9 @@ func (s *State) commitLeft(in *Input, req *kmsg.OffsetCommitRequest, resp *kmsg.
 			s.put(partition, key, c.encode())
 		}
 	}
+	if g := s.groups[req.Group]; g != nil {
+		s.dropIfGone(g) // nothing was stored of a new one
+	}
 	s.noteSession(&in.Client)
 }
 
@@ -183,7 +186,6 @@ func (s *State) validateCommit(req *kmsg.OffsetCommitRequest) int16 {
 		switch {
 		case req.Generation < 0:
 			g = s.addGroup(req.Group) // a simple group: offsets without members
-			s.classicOf(g)
 			g.seen = s.now.UnixMilli()
 			return 0
 		case req.Version >= 9:
@@ -284,7 +286,7 @@ func (s *State) fetchGroup(in *Input, version int16, req *kmsg.OffsetFetchReques
 		}
 		var offsets *topicOffsets
 		if g != nil && found.code == 0 {
-			offsets = g.offsets[found.name]
+			offsets = g.topic(found.name)
 		}
 		current := [16]byte{}
 		if offsets != nil {
@@ -313,16 +315,19 @@ func (s *State) fetchAll(in *Input, version int16, g *group) []kmsg.OffsetFetchR
 	if g == nil {
 		return topics
 	}
-	for _, name := range sortedTopics(g.offsets) {
-		offsets := g.offsets[name]
+	for i := range g.offsets {
+		offsets := &g.offsets[i]
+		name := offsets.name()
 		t := kmsg.OffsetFetchResponseGroupTopic{Topic: name}
 		current, _, _ := in.Topics.Topic(name)
 		t.TopicID = current
 		if current == [16]byte{} && in.AcceptUnknownTopics {
 			t.TopicID = offsets.storedID()
 		}
-		if version >= 10 && t.TopicID == [16]byte{} {
-			continue
+		if version >= 10 {
+			if t.Topic = ""; t.TopicID == [16]byte{} {
+				continue
+			}
 		}
 		for _, o := range offsets.list {
 			p := kmsg.OffsetFetchResponseGroupTopicPartition{Partition: o.partition}

@@ -271,9 +271,9 @@ func (s *scripted) dump(out *strings.Builder) {
 			}
 		}
 		out.WriteString("\n")
-		for _, name := range sortedTopics(g.offsets) {
-			for _, p := range g.offsets[name].list {
-				fmt.Fprintf(out, "  %s/%d %s\n", name, p.partition, s.showOffset(p.value))
+		for _, t := range g.offsets {
+			for _, p := range t.list {
+				fmt.Fprintf(out, "  %s/%d %s\n", t.name(), p.partition, s.showOffset(p.value))
 			}
 		}
 	}

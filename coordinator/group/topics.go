@@ -47,8 +47,8 @@ func (s *State) UnknownTopics(req kmsg.Request, t Topics) (names []string, ids [
 					id(t.TopicID, -1)
 				}
 				if g := s.groups[rg.Group]; g != nil && rg.Topics == nil {
-					for _, n := range sortedTopics(g.offsets) {
-						name(n, -1)
+					for i := range g.offsets {
+						name(g.offsets[i].name(), -1)
 					}
 				}
 			}
@@ -63,13 +63,4 @@ func (s *State) UnknownTopics(req kmsg.Request, t Topics) (names []string, ids [
 		}
 	}
 	return names, ids
-}
-
-func sortedTopics(offsets map[string]*topicOffsets) []string {
-	names := make([]string, 0, len(offsets))
-	for n := range offsets {
-		names = append(names, n)
-	}
-	slices.Sort(names)
-	return names
 }

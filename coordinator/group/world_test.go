@@ -280,14 +280,17 @@ func hardState(s *State) string {
 			continue // only a live state machine
 		}
 		fmt.Fprintf(&b, "group %q of %d meta %x round %x seen %x\n", id, g.partition, g.meta, g.round, g.seenValue)
-		for _, name := range sortedTopics(g.offsets) {
-			for _, p := range g.offsets[name].list {
-				fmt.Fprintf(&b, "  %s/%d %x\n", name, p.partition, p.value)
+		if !slices.IsSortedFunc(g.offsets, func(a, b topicOffsets) int { return cmp.Compare(a.name(), b.name()) }) {
+			b.WriteString("  BROKEN topics\n")
+		}
+		for _, t := range g.offsets {
+			for _, p := range t.list {
+				fmt.Fprintf(&b, "  %s/%d %x\n", t.name(), p.partition, p.value)
 			}
-			if list := g.offsets[name].list; len(list) == 0 || !slices.IsSortedFunc(list, func(a, b partitionOffset) int {
+			if list := t.list; len(list) == 0 || !slices.IsSortedFunc(list, func(a, b partitionOffset) int {
 				return cmp.Compare(a.partition, b.partition)
 			}) {
-				fmt.Fprintf(&b, "  BROKEN %s\n", name)
+				fmt.Fprintf(&b, "  BROKEN %s\n", t.name())
 			}
 		}
 	}
