@@ -42,6 +42,7 @@ func main() {
 func produce(config *sarama.Config, bootstrap []string, topic, from, to string) error {
 	config.Producer.Return.Successes = true
 	config.Producer.RequiredAcks = sarama.WaitForAll
+	config.Producer.Retry.Max = 100 // a broker that comes back may not lead its partitions yet
 	p, err := sarama.NewSyncProducer(bootstrap, config)
 	if err != nil {
 		return err
