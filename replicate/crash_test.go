@@ -216,3 +216,30 @@ func crashCheck(t *testing.T, dir string, acked map[int]bool) int {
 	}
 	return numbers[len(numbers)-1]
 }
+
+// The first start is killed as well: what it leaves, whatever it had written by then, is a directory that opens.
+func TestAKillDuringTheFirstStartLeavesADirectoryThatOpens(t *testing.T) {
+	rounds := 8
+	if v := os.Getenv(crashKills); v != "" {
+		rounds, _ = strconv.Atoi(v)
+	}
+	for range rounds {
+		dir := t.TempDir()
+		cmd := exec.Command(os.Args[0])
+		cmd.Env = append(os.Environ(), crashDir+"="+dir, crashFirst+"=0")
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		for wait := time.Now(); time.Since(wait) < 10*time.Second; { // from its first file on
+			if names, _ := os.ReadDir(dir); len(names) > 0 {
+				break
+			}
+		}
+		time.AfterFunc(time.Duration(rand.IntN(30_000))*time.Microsecond, func() { _ = cmd.Process.Kill() })
+		_ = cmd.Wait()
+		h := openHarness(t, testConfig(dir))
+		h.active()
+		h.commit(record(0, "k", "v"))
+		h.close()
+	}
+}
