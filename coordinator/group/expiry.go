@@ -6,8 +6,11 @@ import (
 	"time"
 )
 
-// sweepRecords is after how many records a sweep makes way for requests.
-const sweepRecords = 1024
+// A sweep makes way for requests after so many records, or so many groups and offsets that it has looked at.
+const (
+	sweepRecords = 1024
+	sweepLooks   = 8192
+)
 
 // seenGrains is how many times in a retention time it is noted durably that a group was seen.
 const seenGrains = 8
@@ -16,14 +19,21 @@ const seenGrains = 8
 // have none left (KIP-211).
 func (s *State) expireOffsets() {
 	if len(s.sweep) == 0 {
-		s.sweep = s.sortedGroups()
+		for id := range s.groups {
+			s.sweep = append(s.sweep, id)
+		}
 	}
-	for len(s.sweep) > 0 && len(s.eff.Records) < sweepRecords {
-		g := s.groups[s.sweep[0]]
-		s.sweep = s.sweep[1:]
+	piece := s.sweep[:min(len(s.sweep), sweepLooks)]
+	slices.Sort(piece) // so that what happens does not hang on the order of a map
+	for looks := 0; looks < sweepLooks && len(piece) > 0 && len(s.eff.Records) < sweepRecords; looks++ {
+		g := s.groups[piece[0]]
+		piece, s.sweep = piece[1:], s.sweep[1:]
 		switch {
 		case g == nil:
 		case g.exists():
+			for i := range g.offsets {
+				looks += len(g.offsets[i].list)
+			}
 			s.expireGroup(g)
 		default:
 			s.deleteGroupItself(g) // a sighting of a group that is gone
@@ -32,6 +42,8 @@ func (s *State) expireOffsets() {
 	next := s.cfg.OffsetsRetentionCheck
 	if len(s.sweep) > 0 {
 		next = 0
+	} else {
+		s.sweep = nil
 	}
 	s.timers.arm(&s.sweeper, s.now, next)
 }

@@ -2,6 +2,7 @@ package group
 
 import (
 	"math"
+	"slices"
 	"time"
 	"unicode/utf8"
 )
@@ -35,7 +36,6 @@ type State struct {
 
 	// Soft state: of one activation.
 	active  bool
-	since   time.Time // of the activation
 	term    uint64
 	seq     uint64 // of the session records of this term
 	timers  timers
@@ -62,21 +62,29 @@ func NewState(cfg Config) *State {
 // full, as Kafka's coordinator does after loading a partition (GroupMetadataManager.onLoaded), so that a failover
 // costs nobody its membership.
 func (s *State) Activate(now time.Time, term uint64) Effects {
-	s.Deactivate()
+	if s.active {
+		s.Deactivate()
+	}
 	s.begin(now)
-	s.active, s.term, s.since = true, term, now
+	s.active, s.term = true, term
 	for e := s.sessions.first; e != nil; e = e.next {
 		if v := decodeSession(e.value); v.term == term {
 			s.seq = max(s.seq, v.seq)
 		}
 	}
 	s.timers.arm(&s.sweeper, now, s.cfg.OffsetsRetentionCheck)
-	for _, id := range s.sortedGroups() {
-		if g := s.groups[id]; g.meta != nil || g.round != nil {
-			s.derive(g)
-			if c := g.live; len(c.members) > s.cfg.MaxSize && c.state != preparingRebalance {
-				s.prepareRebalance(g) // group.max.size was lowered
-			}
+	var typed []string // not the simple groups, of which there may be many
+	for id, g := range s.groups {
+		if g.meta != nil || g.round != nil {
+			typed = append(typed, id)
+		}
+	}
+	slices.Sort(typed)
+	for _, id := range typed {
+		g := s.groups[id]
+		s.derive(g)
+		if c := g.live; len(c.members) > s.cfg.MaxSize && c.state != preparingRebalance {
+			s.prepareRebalance(g) // group.max.size was lowered
 		}
 	}
 	return s.finish()
