@@ -402,7 +402,7 @@ func TestUpstreamIsNoKafka(t *testing.T) {
 				t.Error(err)
 			}
 			for range 3 {
-				if _, err := dialRaw(t, s.Addr()).metadata(""); err == nil {
+				if _, err := askMetadata(s.Addr(), ""); err == nil {
 					t.Error("Metadata was answered without an upstream")
 				}
 			}

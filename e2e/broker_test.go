@@ -22,7 +22,7 @@ import (
 func listeners(t *testing.T, s *lab.Sidecar) map[string]string {
 	t.Helper()
 	all := map[string]string{"bootstrap": s.Addr()}
-	meta, err := dialRaw(t, s.Addr()).metadata("")
+	meta, err := askMetadata(s.Addr(), "")
 	check(t, err)
 	for _, b := range meta.Brokers {
 		all[fmt.Sprintf("broker-%d", b.NodeID)] = fmt.Sprintf("%s:%d", b.Host, b.Port)
@@ -143,7 +143,7 @@ func leader(t *testing.T, k *lab.Kafka, topic string, partition int32) (int32, e
 		if !b.Alive() || stopped(b) {
 			continue
 		}
-		meta, err := dialRaw(t, b.Addr()).metadata(topic)
+		meta, err := askMetadata(b.Addr(), topic)
 		if err != nil {
 			return -1, err
 		}
@@ -210,7 +210,7 @@ func TestDeadBrokersListenerKnowsTheNewLeader(t *testing.T) {
 			}))
 			elected := time.Now()
 			check(t, lab.Eventually(3*time.Second, func() error {
-				meta, err := dialRaw(t, addr).metadata(name)
+				meta, err := askMetadata(addr, name)
 				if err != nil {
 					return err
 				}

@@ -88,7 +88,7 @@ func sidecar(t *testing.T, k *lab.Kafka, args ...string) *lab.Sidecar {
 	s := newSidecar(t, k.Addrs(), args...)
 	check(t, s.Up())
 	check(t, lab.Eventually(10*time.Second, func() error { // it is ready before it has asked its upstream
-		meta, err := dialRaw(t, s.Addr()).metadata("")
+		meta, err := askMetadata(s.Addr(), "")
 		if err == nil && len(meta.Brokers) != len(k.Brokers) {
 			err = fmt.Errorf("%d brokers are known", len(meta.Brokers))
 		}

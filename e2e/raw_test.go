@@ -190,3 +190,13 @@ func (r *raw) metadata(topic string) (*kmsg.MetadataResponse, error) {
 	}
 	return resp.(*kmsg.MetadataResponse), nil
 }
+
+// askMetadata is metadata on a connection of its own, closed again: an open one would keep a sidecar from ending.
+func askMetadata(addr, topic string) (*kmsg.MetadataResponse, error) {
+	c, err := net.DialTimeout("tcp", addr, 2*time.Second)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { _ = c.Close() }()
+	return (&raw{Conn: c}).metadata(topic)
+}
