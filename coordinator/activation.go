@@ -163,6 +163,8 @@ func (c *Coordinator) handleApplied(event replicate.Event) {
 			a.flight[0] = nil
 			a.flight = a.flight[1:]
 			a.offered--
+			c.metrics.Add(tracing.RaftAppends, 1)
+			c.metrics.Add(tracing.RaftAppendRecords, int64(len(e.records)))
 			for _, h := range e.replies {
 				c.met(h)
 			}

@@ -336,6 +336,7 @@ func (c *Coordinator) answer(h *held) {
 		return
 	}
 	delete(c.calls, h.reply.Call)
+	c.count(h.reply.Response)
 	r.Done(h.reply.Response, nil)
 	c.metrics.Set(tracing.ParkedReplies, int64(len(c.calls)))
 }

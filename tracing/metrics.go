@@ -5,6 +5,9 @@ import "sync/atomic"
 // apiKeys is one more than the largest api key counted by itself; unknown keys share a counter.
 const apiKeys = 100
 
+// errorCodes is one more than the largest error code counted by itself; others share a counter.
+const errorCodes = 150
+
 // padded keeps two hot counters off one cache line.
 type padded struct {
 	atomic.Int64
@@ -16,6 +19,7 @@ type padded struct {
 type Metrics struct {
 	series   [seriesCount]padded
 	requests [apiKeys + 1]atomic.Int64
+	errors   [errorCodes + 1]atomic.Int64
 	mistakes [mistakeCount]atomic.Int64
 }
 
@@ -61,6 +65,17 @@ func (m *Metrics) Requests(apiKey int16) int64 {
 		apiKey = apiKeys
 	}
 	return m.requests[apiKey].Load()
+}
+
+// Error counts a Kafka error in a group reply; 0 is none.
+func (m *Metrics) Error(code int16) {
+	if m == nil || code == 0 {
+		return
+	}
+	if code < 0 || code >= errorCodes { // -1 is UNKNOWN_SERVER_ERROR
+		code = errorCodes
+	}
+	m.errors[code].Add(1)
 }
 
 // Mistake counts a client connection closed for what was sent on it.

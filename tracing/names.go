@@ -23,6 +23,10 @@ const (
 	ParkedReplies                     // coordinator: replies that wait for something
 	Steps                             // coordinator: requests executed
 	Fences                            // coordinator: read fences
+	Commits                           // coordinator: offsets committed, one for each partition
+	Rebalances                        // coordinator: generations begun
+	RaftAppends                       // coordinator: entries replicated
+	RaftAppendRecords                 // coordinator: records in them
 	CommitTimeouts                    // coordinator: replies that missed --commit-timeout
 	UpstreamBrokers                   // the program: brokers in the upstream's newest answer
 	seriesCount
@@ -59,6 +63,10 @@ var series = [seriesCount]struct {
 	ParkedReplies:       {"offset_sidecar_parked_replies", gauge, "Group replies that wait for something."},
 	Steps:               {"offset_sidecar_group_requests_total", counter, "Group and offset requests executed."},
 	Fences:              {"offset_sidecar_fences_total", counter, "Read fences made."},
+	Commits:             {"offset_sidecar_commits_total", counter, "Offsets committed, one for each partition."},
+	Rebalances:          {"offset_sidecar_rebalances_total", counter, "Generations begun."},
+	RaftAppends:         {"offset_sidecar_raft_appends_total", counter, "Entries replicated."},
+	RaftAppendRecords:   {"offset_sidecar_raft_append_records_total", counter, "Records in replicated entries."},
 	CommitTimeouts:      {"offset_sidecar_commit_timeouts_total", counter, "Requests not replicated within --commit-timeout."},
 	UpstreamBrokers:     {"offset_sidecar_upstream_brokers", gauge, "Upstream brokers in the newest answer."},
 }
@@ -68,6 +76,10 @@ const (
 	nameRequests = "offset_sidecar_requests_total"
 	helpRequests = "Requests read from clients, by api."
 	labelAPI     = "api"
+
+	nameErrors = "offset_sidecar_errors_total"
+	helpErrors = "Kafka errors in group replies, by error."
+	labelError = "error"
 
 	nameMistakes = "offset_sidecar_client_mistakes_total"
 	helpMistakes = "Client connections closed for what was sent on them, by mistake."

@@ -20,8 +20,9 @@ import (
 
 // Config is what the set-up needs to know and this room must not look up: names that belong to the protocol.
 type Config struct {
-	Version string
-	APIName func(key int16) string // "Fetch" for 1, "" for a key without a name
+	Version   string
+	APIName   func(key int16) string  // "Fetch" for 1, "" for a key without a name
+	ErrorName func(code int16) string // "NOT_COORDINATOR" for 16
 	// Before is called ahead of each scrape, to set what is not counted as it happens; may be nil.
 	Before func()
 }
@@ -88,7 +89,19 @@ func (t *Telemetry) observeLabelled(meter metric.Meter) error {
 		metric.WithInt64Callback(func(_ context.Context, o metric.Int64Observer) error {
 			for key := range t.metrics.requests {
 				if n := t.metrics.requests[key].Load(); n != 0 {
-					o.Observe(n, label(labelAPI, t.apiName(key)))
+					o.Observe(n, label(labelAPI, named(t.config.APIName, key, apiKeys, "unknown")))
+				}
+			}
+			return nil
+		}))
+	if err != nil {
+		return err
+	}
+	_, err = meter.Int64ObservableCounter(nameErrors, metric.WithDescription(helpErrors),
+		metric.WithInt64Callback(func(_ context.Context, o metric.Int64Observer) error {
+			for code := range t.metrics.errors {
+				if n := t.metrics.errors[code].Load(); n != 0 {
+					o.Observe(n, label(labelError, named(t.config.ErrorName, code, errorCodes, "UNKNOWN_SERVER_ERROR")))
 				}
 			}
 			return nil
@@ -118,14 +131,14 @@ func label(name, value string) metric.MeasurementOption {
 	return metric.WithAttributeSet(attribute.NewSet(attribute.String(name, value)))
 }
 
-// apiName gives the name of an api key, or the number itself where it has none.
-func (t *Telemetry) apiName(key int) string {
-	if key == apiKeys {
-		return "unknown"
+// named gives the name of a key, the number itself where it has none, and other for the counter that others share.
+func named(name func(int16) string, key, others int, other string) string {
+	if key == others {
+		return other
 	}
-	if t.config.APIName != nil {
-		if name := t.config.APIName(int16(key)); name != "" {
-			return name
+	if name != nil {
+		if s := name(int16(key)); s != "" {
+			return s
 		}
 	}
 	return strconv.Itoa(key)

@@ -19,6 +19,8 @@ func TestScraperSeesEverySeriesByItsName(t *testing.T) {
 	m.Set(Active, 1)
 	m.Request(1)
 	m.Request(9999)
+	m.Error(16)
+	m.Error(-1)
 	m.Mistake(MistakeTLS)
 
 	got := httptest.NewRecorder()
@@ -29,6 +31,8 @@ func TestScraperSeesEverySeriesByItsName(t *testing.T) {
 		"offset_sidecar_active 1\n",
 		`offset_sidecar_requests_total{api="Fetch"} 1`,
 		`offset_sidecar_requests_total{api="unknown"} 1`,
+		`offset_sidecar_errors_total{error="16"} 1`,
+		`offset_sidecar_errors_total{error="UNKNOWN_SERVER_ERROR"} 1`,
 		`offset_sidecar_client_mistakes_total{mistake="tls"} 1`,
 		`offset_sidecar_build_info{version="1.2.3"} 1`,
 		"# TYPE offset_sidecar_connections gauge",
@@ -67,6 +71,7 @@ func TestNilMetricsCountNothing(t *testing.T) {
 	m.Add(Steps, 1)
 	m.Set(Active, 1)
 	m.Request(1)
+	m.Error(1)
 	m.Mistake(MistakeHTTP)
 	if m.Value(Steps) != 0 || m.Requests(1) != 0 || m.Snapshot() != nil {
 		t.Error("a nil *Metrics counts")

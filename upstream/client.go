@@ -279,6 +279,8 @@ func (c *Client) hedge(ctx context.Context, req *kmsg.MetadataRequest) (*kmsg.Me
 			}
 		case <-again.C:
 			ask()
+		case <-ctx.Done():
+			return nil, ctx.Err()
 		}
 	}
 }

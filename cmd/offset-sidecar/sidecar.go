@@ -18,6 +18,7 @@ import (
 	"github.com/offset-sidecar/offset-sidecar/replicate"
 	"github.com/offset-sidecar/offset-sidecar/tracing"
 	"github.com/offset-sidecar/offset-sidecar/upstream"
+	"github.com/twmb/franz-go/pkg/kerr"
 	"github.com/twmb/franz-go/pkg/kmsg"
 )
 
@@ -77,6 +78,12 @@ func (s *Sidecar) openTelemetry() (err error) {
 	s.telemetry, err = tracing.New(tracing.Config{
 		Version: versionText(),
 		APIName: func(key int16) string { return kmsg.NameForKey(key) },
+		ErrorName: func(code int16) string {
+			if err := kerr.TypedErrorForCode(code); err != nil {
+				return err.Message
+			}
+			return ""
+		},
 		Before: func() {
 			if s.upstream != nil {
 				s.metrics.Set(tracing.UpstreamBrokers, int64(len(s.upstream.Brokers().Brokers)))

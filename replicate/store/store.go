@@ -22,7 +22,7 @@ const (
 	memTableBytes = 8 << 20
 
 	// MaxKeyBytes and MaxEntryRecords are what one entry must keep to be flushed in one transaction.
-	MaxKeyBytes     = 32 << 10
+	MaxKeyBytes     = 40 << 10
 	MaxEntryRecords = 8192
 
 	flushBytes    = 8 << 20 // the tail is flushed when it holds this much
