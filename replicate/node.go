@@ -17,8 +17,8 @@ import (
 const (
 	snapshotEntries = 8192
 	trailingEntries = 10240
-	logBytes        = 64 << 20
-	trailingBytes   = 32 << 20
+	logBytes        = 16 << 20
+	trailingBytes   = 4 << 20
 	trimEvery       = 2 * time.Second
 )
 

@@ -14,11 +14,11 @@ import (
 // stay for HistoryAge, and at most about HistoryBytes of them.
 const (
 	HistoryAge   = 10 * time.Minute
-	HistoryBytes = 64 << 20
+	HistoryBytes = 16 << 20
 	TombstoneAge = 24 * time.Hour
 
 	compactCheck = 5 * time.Second
-	compactBytes = 32 << 20 // a pass begins when this much was written since the last, or half of what it left
+	compactBytes = 8 << 20 // a pass begins when this much was written since the last, or half of what it left
 	compactIdle  = 10 * time.Minute
 )
 

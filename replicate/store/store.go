@@ -158,6 +158,7 @@ func (s *Store) badgerOptions() badger.Options {
 		WithNumLevelZeroTablesStall(15).
 		WithNumCompactors(2).
 		WithBlockCacheSize(0).
+		WithBloomFalsePositive(0). // no key is asked for that is not there
 		WithIndexCacheSize(0).
 		WithCompression(options.None).
 		WithChecksumVerificationMode(options.OnTableRead).
