@@ -17,6 +17,7 @@ const entryRequests = 1024
 // activation is one term in which this sidecar's coordinator answers.
 type activation struct {
 	term     uint64
+	began    time.Time
 	sequence uint64 // of the newest entry in flight
 	// flight holds the entries that are not replicated yet, in order: the first `offered` are with the appender, the last
 	// one may still grow.
@@ -35,6 +36,7 @@ type entry struct {
 	sequence uint64
 	records  []replicate.Record
 	previous []group.Record
+	calls    []uint64 // whose records are among them
 	replies  []*held
 	bytes    int
 	requests int
@@ -48,16 +50,19 @@ type held struct {
 	answered   bool
 }
 
-// add puts the records of a Step into the last entry in flight, or into new ones. They may span entries; the replies of
-// the Step then hang on the last.
-func (a *activation) add(effects group.Effects) {
+// add puts the records of a Step for call (0: of a Tick) into the last entry in flight, or into new ones. They may span
+// entries; the replies of the Step then hang on the last.
+func (a *activation) add(call uint64, effects group.Effects) {
 	for i, r := range effects.Records {
 		size := len(r.Key) + len(r.Value)
 		e := a.open()
-		if e == nil || e.requests >= entryRequests || e.bytes+size > replicate.EntryBytes {
+		if e == nil || e.requests >= entryRequests || e.bytes+size > replicate.EntryBytes || len(e.records) >= replicate.MaxRecords {
 			a.sequence++
 			e = &entry{sequence: a.sequence}
 			a.flight = append(a.flight, e)
+		}
+		if n := len(e.calls); n == 0 || e.calls[n-1] != call {
+			e.calls = append(e.calls, call)
 		}
 		if i == len(effects.Records)-1 {
 			e.requests++
@@ -146,10 +151,10 @@ func (c *Coordinator) refuseEntry(sequence uint64) {
 		if e.sequence != sequence {
 			continue
 		}
-		for _, h := range e.replies {
-			if r, live := c.calls[h.reply.Call]; live && !h.answered {
-				h.reply.Response = group.ErrorResponse(r.Body, kerr.UnknownServerError.Code)
-				c.answer(h)
+		for _, call := range e.calls {
+			if r, live := c.calls[call]; live {
+				delete(c.calls, call)
+				r.Done(group.ErrorResponse(r.Body, kerr.UnknownServerError.Code), nil)
 			}
 		}
 	}
@@ -186,8 +191,10 @@ func (c *Coordinator) activate(term uint64) {
 	if c.activation != nil {
 		c.deactivate("a newer term has begun")
 	}
-	c.activation = &activation{term: term}
-	if err := c.guard(func() { c.perform(c.state.Activate(time.Now(), term)) }); err != nil {
+	now := time.Now()
+	c.activation = &activation{term: term, began: now}
+	c.beat = now.Add(beatEvery)
+	if err := c.guard(func() { c.perform(0, c.state.Activate(now, term)) }); err != nil {
 		c.breakDown(err)
 		return
 	}
@@ -195,10 +202,26 @@ func (c *Coordinator) activate(term uint64) {
 	c.publish(true, term)
 }
 
-// endActivation ends the activation while raft may still lead: it must not be resumed in that term.
+// endActivation ends the activation while raft may still lead: it must not be resumed in that term. What ends one soon
+// after the other (a full disk, a fault of our own) does so ever more slowly.
 func (c *Coordinator) endActivation(why string) {
-	term := c.activation.term
+	a := c.activation
+	now := time.Now()
+	if now.Sub(a.began) > resignReset {
+		c.resignDelay = 0
+	}
 	c.deactivate(why)
+	c.resign, c.resignAt = a.term, now.Add(c.resignDelay)
+	c.resignDelay = min(max(2*c.resignDelay, resignFirst), resignSlowest)
+	c.resignIfDue(now)
+}
+
+func (c *Coordinator) resignIfDue(now time.Time) {
+	if c.resign == 0 || now.Before(c.resignAt) {
+		return
+	}
+	term := c.resign
+	c.resign, c.resignAt = 0, time.Time{}
 	c.leader.Resign(term)
 }
 
@@ -212,9 +235,7 @@ func (c *Coordinator) deactivate(why string) {
 	c.publish(false, a.term)
 	if err := c.guard(func() { c.undo(a) }); err != nil {
 		c.logger.Error("undoing what was not replicated; the state is built anew", "err", err)
-		if err := c.rebuild(); err != nil {
-			c.logger.Error("rebuilding the group state", "err", err)
-		}
+		c.failure = c.rebuild()
 	}
 	c.logger.Info("coordinator is inactive", "term", a.term, "why", why, "unanswered", len(c.calls))
 	c.giveBack()

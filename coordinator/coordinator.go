@@ -21,7 +21,12 @@ import (
 const (
 	inputQueue  = 1024            // requests submitted and not yet taken; more make Submit wait
 	drainInputs = 1024            // requests taken in one go before the next entry is offered
-	pauseGap    = 2 * time.Second // a timer that is this late was missed by a paused process, not by its members
+	beatEvery   = time.Second     // how often an active loop wakes at least, to see that it was not paused
+	pauseGap    = 2 * time.Second // a beat that is this late was missed by a paused process, not by the members
+	blindTime   = 5 * time.Second // after the upstream could not be asked, topics are taken on trust for so long
+
+	resignFirst, resignSlowest = 50 * time.Millisecond, 2 * time.Second // between activations that end by themselves
+	resignReset                = 10 * time.Second                       // one that lasted so long was sound
 )
 
 // Log is the replicated log as the coordinator sees it (replicate.Node).
@@ -70,8 +75,16 @@ type Coordinator struct {
 	calls      map[uint64]*Request
 	lookups    map[group.Session]*lookup
 	lastLookup uint64
-	timer      *time.Timer
-	wake       time.Time // what timer is set to; zero when it has fired
+	blindUntil time.Time // the upstream could not be asked a moment ago
+	beat       time.Time // when the loop must be awake again; set while active
+	failure    error     // the state can neither be trusted nor rebuilt: the loop ends
+
+	resign      uint64    // a term to resign from
+	resignAt    time.Time // and when
+	resignDelay time.Duration
+
+	timer *time.Timer
+	wake  time.Time // what timer is set to; zero when it has fired
 }
 
 type publishedStatus struct {
@@ -122,6 +135,24 @@ func (c *Coordinator) Submit(r *Request) {
 	case c.inputs <- r:
 	case <-c.stopped:
 		r.Done(nil, ErrInactive)
+		return
+	}
+	select {
+	case <-c.stopped: // perhaps after the loop has looked for the last time
+		c.refuseInputs()
+	default:
+	}
+}
+
+// refuseInputs gives back what nobody will take any more.
+func (c *Coordinator) refuseInputs() {
+	for {
+		select {
+		case r := <-c.inputs:
+			r.Done(nil, ErrInactive)
+		default:
+			return
+		}
 	}
 }
 
@@ -173,6 +204,9 @@ func (c *Coordinator) Run(ctx context.Context) error {
 		case <-c.timer.C:
 			c.handleTimer()
 		}
+		if c.failure != nil {
+			return c.failure
+		}
 	}
 }
 
@@ -181,14 +215,7 @@ func (c *Coordinator) stop() {
 	c.timer.Stop()
 	c.deactivate("the sidecar stops")
 	close(c.stopped)
-	for {
-		select {
-		case r := <-c.inputs:
-			r.Done(nil, ErrInactive)
-		default:
-			return
-		}
-	}
+	c.refuseInputs()
 }
 
 // takeInputs handles r and whatever else has come, so that an entry carries all of it (no linger, but full batches).
@@ -216,12 +243,21 @@ func (c *Coordinator) handleRequest(r *Request) {
 	if c.lookUp(r, nil) {
 		return
 	}
-	c.step(r, false)
+	c.step(r, c.blind())
+}
+
+// blind says that the upstream could not be asked a moment ago. What cannot be verified is accepted, and not asked for
+// again at each request: heartbeats wait behind the question.
+func (c *Coordinator) blind() bool {
+	return !c.blindUntil.IsZero() && time.Now().Before(c.blindUntil)
 }
 
 // lookUp begins to ask the upstream for topics of the request that are not known, and says whether it did. What the
 // client gets depends on them (Kafka refuses commits for unknown topics), and its later requests wait behind it.
 func (c *Coordinator) lookUp(r *Request, behind []*Request) bool {
+	if c.blind() {
+		return false
+	}
 	var names []string
 	var ids [][16]byte
 	if c.guard(func() { names, ids = c.state.UnknownTopics(r.Body, c.topics) }) != nil || len(names)+len(ids) == 0 {
@@ -250,6 +286,9 @@ func (c *Coordinator) handleRefreshed(r refreshed) {
 		return // of an activation that has ended
 	}
 	delete(c.lookups, r.session)
+	if c.blindUntil = (time.Time{}); r.err != nil {
+		c.blindUntil = time.Now().Add(blindTime)
+	}
 	c.step(waiting.queue[0], r.err != nil)
 	for i, request := range waiting.queue[1:] {
 		if c.activation == nil {
@@ -259,7 +298,7 @@ func (c *Coordinator) handleRefreshed(r refreshed) {
 		if c.lookUp(request, waiting.queue[i+2:]) {
 			return
 		}
-		c.step(request, false)
+		c.step(request, c.blind())
 	}
 }
 
@@ -279,7 +318,7 @@ func (c *Coordinator) step(r *Request, acceptUnknownTopics bool) {
 		in.NewID = uuid.NewString()
 	}
 	c.metrics.Add(tracing.Steps, 1)
-	err := c.guard(func() { c.perform(c.state.Step(time.Now(), in)) })
+	err := c.guard(func() { c.perform(call, c.state.Step(time.Now(), in)) })
 	if err == nil {
 		return
 	}
@@ -289,10 +328,10 @@ func (c *Coordinator) step(r *Request, acceptUnknownTopics bool) {
 	r.Done(group.ErrorResponse(r.Body, kerr.UnknownServerError.Code), nil)
 }
 
-// perform queues the records of a Step for the log and its replies behind them.
-func (c *Coordinator) perform(effects group.Effects) {
+// perform queues the records of a Step for the log and its replies behind them. Call is the request's, 0 for a Tick.
+func (c *Coordinator) perform(call uint64, effects group.Effects) {
 	a := c.activation
-	a.add(effects)
+	a.add(call, effects)
 	for _, reply := range effects.Replies {
 		c.hold(reply)
 	}
@@ -341,14 +380,19 @@ func (c *Coordinator) answer(h *held) {
 	c.metrics.Set(tracing.ParkedReplies, int64(len(c.calls)))
 }
 
-// setTimer arms the timer for the next deadline of the state or of a held reply.
+// setTimer arms the timer for what comes first: a deadline of the state or of a held reply, the next beat, or a term to
+// resign from.
 func (c *Coordinator) setTimer() {
-	var wake time.Time
-	if c.activation != nil {
-		wake = c.state.Deadline()
-		if d := c.activation.deadline(); !d.IsZero() && (wake.IsZero() || d.Before(wake)) {
-			wake = d
+	wake := c.resignAt
+	earliest := func(t time.Time) {
+		if !t.IsZero() && (wake.IsZero() || t.Before(wake)) {
+			wake = t
 		}
+	}
+	if c.activation != nil {
+		earliest(c.state.Deadline())
+		earliest(c.activation.deadline())
+		earliest(c.beat)
 	}
 	if wake.IsZero() || !c.wake.IsZero() && !wake.Before(c.wake) {
 		return // the timer may fire too early, which does nothing, but is not set anew at each request
@@ -366,21 +410,25 @@ func (c *Coordinator) handleTimer() {
 		c.takeInputs(r)
 	default:
 	}
+	now := time.Now()
+	c.resignIfDue(now)
 	if c.activation == nil {
 		return
 	}
-	now := time.Now()
+	late := now.Sub(c.beat)
+	if late >= 0 {
+		c.beat = now.Add(beatEvery)
+	}
+	if late > pauseGap {
+		c.logger.Warn("the process was paused; every session gets its full time again", "for", late+beatEvery)
+		c.state.Rearm(now)
+	}
 	c.expireHeld(now)
 	deadline := c.state.Deadline()
 	if deadline.IsZero() || deadline.After(now) {
 		return
 	}
-	if late := now.Sub(deadline); late > pauseGap {
-		c.logger.Warn("timers were missed, as if the process had been paused; every session gets its full time again", "late", late)
-		c.state.Rearm(now)
-		return
-	}
-	if err := c.guard(func() { c.perform(c.state.Tick(now)) }); err != nil {
+	if err := c.guard(func() { c.perform(0, c.state.Tick(now)) }); err != nil {
 		c.breakDown(err)
 	}
 }
@@ -425,9 +473,7 @@ func (c *Coordinator) breakDown(cause error) {
 		a.flight = nil // the state is not to be trusted, nor to be undone
 		c.endActivation("a broken invariant")
 	}
-	if err := c.rebuild(); err != nil {
-		c.logger.Error("rebuilding the group state", "err", err)
-	}
+	c.failure = c.rebuild()
 }
 
 // rebuild loads the newest record of each key. Records that the log has yet to deliver may be among them; they come

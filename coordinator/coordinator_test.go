@@ -23,6 +23,7 @@ type hand struct {
 	events   chan replicate.Event
 	entries  chan replicate.Entry
 	stored   []replicate.Record // what Latest gives
+	mu       sync.Mutex
 	resigned []uint64
 	fences   []func(error) // under way; nil in openFence mode
 	hold     bool          // whether fences wait for the test
@@ -30,7 +31,19 @@ type hand struct {
 
 func (h *hand) Events() <-chan replicate.Event  { return h.events }
 func (h *hand) Entries() chan<- replicate.Entry { return h.entries }
-func (h *hand) Resign(term uint64)              { h.resigned = append(h.resigned, term) }
+func (h *hand) Resign(term uint64) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.resigned = append(h.resigned, term)
+}
+
+// resignations are the terms resigned from so far.
+func (h *hand) resignations() []uint64 {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.resigned
+}
+
 func (h *hand) Latest(yield func(replicate.Record) error) error {
 	for _, r := range h.stored {
 		if err := yield(r); err != nil {
@@ -317,8 +330,8 @@ func TestAFailedAppendEndsTheTermForGood(t *testing.T) {
 		e := h.mustTake()
 		h.event(replicate.Event{Kind: replicate.Failed, Term: 1, Sequence: e.Sequence, Err: errors.New("disk full")})
 		committed.is(t, ErrInactive.Error())
-		if len(h.resigned) != 1 || h.resigned[0] != 1 {
-			t.Errorf("resigned from %v, want [1]", h.resigned)
+		if r := h.resignations(); len(r) != 1 || r[0] != 1 {
+			t.Errorf("resigned from %v, want [1]", h.resignations())
 		}
 		if c.Status().Active {
 			t.Error("still active in a term that has ended")
@@ -365,8 +378,8 @@ func TestAnEntryOfSomebodyElseEndsTheActivation(t *testing.T) {
 		e.Sequence = 9
 		h.applied(e)
 		committed.is(t, ErrInactive.Error())
-		if len(h.resigned) != 1 {
-			t.Errorf("resigned %v, want once", h.resigned)
+		if len(h.resignations()) != 1 {
+			t.Errorf("resigned %v, want once", h.resignations())
 		}
 	})
 }
@@ -433,36 +446,129 @@ func TestAnUnknownTopicIsRefusedUnlessTheUpstreamIsDown(t *testing.T) {
 	})
 }
 
-func TestAPausedProcessExpelsNobody(t *testing.T) {
-	bubble(t, &onlyOrders{}, func(c *Coordinator, h *hand) {
-		s := newSession(c, 1)
-		join := kmsg.NewPtrJoinGroupRequest()
-		join.Version, join.Group, join.ProtocolType = 3, "g", "consumer"
-		join.SessionTimeoutMillis, join.RebalanceTimeoutMillis = 10_000, 60_000
-		join.Protocols = []kmsg.JoinGroupRequestProtocol{{Name: "range"}}
-		joined := s.submit(join)
-		h.applied(h.mustTake())
-		joined.is(t, "NONE generation 1")
-		member := joined.response.(*kmsg.JoinGroupResponse).MemberID
-		assign := kmsg.NewPtrSyncGroupRequest()
-		assign.Version, assign.Group, assign.Generation, assign.MemberID = 3, "g", 1, member
-		assign.GroupAssignment = []kmsg.SyncGroupRequestGroupAssignment{{MemberID: member}}
-		synced := s.submit(assign)
-		h.applied(h.mustTake())
-		synced.is(t, "NONE")
+// joined makes a Stable group of one member with a session time-out of 10 s, and gives its heartbeat.
+func joined(t *testing.T, s *session, h *hand) *kmsg.HeartbeatRequest {
+	t.Helper()
+	join := kmsg.NewPtrJoinGroupRequest()
+	join.Version, join.Group, join.ProtocolType = 3, "g", "consumer"
+	join.SessionTimeoutMillis, join.RebalanceTimeoutMillis = 10_000, 60_000
+	join.Protocols = []kmsg.JoinGroupRequestProtocol{{Name: "range"}}
+	answer := s.submit(join)
+	h.applied(h.mustTake())
+	answer.is(t, "NONE generation 1")
+	member := answer.response.(*kmsg.JoinGroupResponse).MemberID
+	assign := kmsg.NewPtrSyncGroupRequest()
+	assign.Version, assign.Group, assign.Generation, assign.MemberID = 3, "g", 1, member
+	assign.GroupAssignment = []kmsg.SyncGroupRequestGroupAssignment{{MemberID: member}}
+	synced := s.submit(assign)
+	h.applied(h.mustTake())
+	synced.is(t, "NONE")
+	heartbeat := kmsg.NewPtrHeartbeatRequest()
+	heartbeat.Version, heartbeat.Group, heartbeat.Generation, heartbeat.MemberID = 3, "g", 1, member
+	return heartbeat
+}
 
-		// The loop stands still for a minute, as it does in a stopped process: here in a Done that blocks it.
-		c.Submit(&Request{Body: fetch(), Client: newSession(c, 2).client, Term: 1, Done: func(kmsg.Response, error) { time.Sleep(time.Minute) }})
-		time.Sleep(time.Minute)
+// However long the process stood still: the session of a member that was well before begins anew.
+func TestAPausedProcessExpelsNobody(t *testing.T) {
+	for _, pause := range []time.Duration{4 * time.Second, 9500 * time.Millisecond, time.Minute} {
+		bubble(t, &onlyOrders{}, func(c *Coordinator, h *hand) {
+			s := newSession(c, 1)
+			heartbeat := joined(t, s, h)
+			time.Sleep(time.Second) // the next heartbeat is due in two
+			// The loop stands still, as it does in a stopped process: here in a Done that blocks it.
+			c.Submit(&Request{Body: fetch(), Client: newSession(c, 2).client, Term: 1, Done: func(kmsg.Response, error) { time.Sleep(pause) }})
+			time.Sleep(pause + 9*time.Second)
+			s.submit(heartbeat).is(t, "NONE")
+			time.Sleep(11 * time.Second)
+			if e, more := h.take(); more {
+				h.applied(e)
+			}
+			s.submit(heartbeat).is(t, "UNKNOWN_MEMBER_ID")
+		})
+	}
+}
+
+func TestASilentUpstreamHoldsASessionUpOnce(t *testing.T) {
+	topics := &onlyOrders{refresh: func(done func(error)) {
+		time.AfterFunc(2*time.Second, func() { done(errors.New("no answer")) })
+	}}
+	bubble(t, topics, func(c *Coordinator, h *hand) {
+		s := newSession(c, 1)
+		for range 10 {
+			s.submit(commit("new", 1))
+		}
 		heartbeat := kmsg.NewPtrHeartbeatRequest()
-		heartbeat.Version, heartbeat.Group, heartbeat.Generation, heartbeat.MemberID = 3, "g", 1, member
-		time.Sleep(5 * time.Second)
-		s.submit(heartbeat).is(t, "NONE")
-		time.Sleep(11 * time.Second)
-		if e, more := h.take(); more {
+		heartbeat.Version, heartbeat.Group = 3, "g"
+		answer := s.submit(heartbeat)
+		time.Sleep(2 * time.Second)
+		h.applied(h.mustTake())
+		answer.is(t, "UNKNOWN_MEMBER_ID")
+	})
+}
+
+func TestManySmallRecordsSpanEntries(t *testing.T) {
+	topics := &onlyOrders{refresh: func(done func(error)) { done(errors.New("connection refused")) }}
+	bubble(t, topics, func(c *Coordinator, h *hand) {
+		s := newSession(c, 1)
+		many := commit("t", 1).(*kmsg.OffsetCommitRequest)
+		for i := range int32(12_000) {
+			many.Topics[0].Partitions = append(many.Topics[0].Partitions, kmsg.OffsetCommitRequestTopicPartition{Partition: 1 + i})
+		}
+		committed := s.submit(many)
+		for e, more := h.take(); more; e, more = h.take() {
 			h.applied(e)
 		}
-		s.submit(heartbeat).is(t, "UNKNOWN_MEMBER_ID")
+		committed.is(t, "NONE")
+		remove := kmsg.NewPtrDeleteGroupsRequest()
+		remove.Version, remove.Groups = 2, []string{"g"}
+		removed := s.submit(remove)
+		entries := 0
+		for e, more := h.take(); more; e, more = h.take() {
+			if len(e.Records) > replicate.MaxRecords {
+				t.Errorf("an entry of %d records", len(e.Records))
+			}
+			entries++
+			h.applied(e)
+		}
+		if entries < 2 {
+			t.Errorf("12,000 tombstones in %d entries", entries)
+		}
+		removed.is(t, "*kmsg.DeleteGroupsResponse")
+	})
+}
+
+func TestWhatEndsItselfAgainAndAgainDoesSoSlowly(t *testing.T) {
+	bubble(t, &onlyOrders{}, func(c *Coordinator, h *hand) {
+		began := time.Now()
+		for term := uint64(1); term <= 10; term++ {
+			newSession(c, 1).submit(commit("orders", 5))
+			e := h.mustTake()
+			h.event(replicate.Event{Kind: replicate.Failed, Term: term, Sequence: e.Sequence, Err: errors.New("disk full")})
+			for len(h.resignations()) < int(term) {
+				time.Sleep(10 * time.Millisecond)
+				synctest.Wait()
+			}
+			h.event(replicate.Event{Kind: replicate.Inactive, Term: term})
+			h.event(replicate.Event{Kind: replicate.Active, Term: term + 1})
+		}
+		if took := time.Since(began); took < 5*time.Second {
+			t.Errorf("ten activations that failed at once took %v", took)
+		}
+	})
+}
+
+func TestEveryRequestIsAnsweredThoughTheLoopEnds(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := &hand{t: t, events: make(chan replicate.Event), entries: make(chan replicate.Entry)}
+		c := New(Config{Group: group.DefaultConfig(), CommitTimeout: time.Second}, h, &onlyOrders{}, slog.New(slog.DiscardHandler), nil)
+		ctx, cancel := context.WithCancel(t.Context())
+		cancel()
+		if err := c.Run(ctx); err != nil {
+			t.Error(err)
+		}
+		for range 200 {
+			newSession(c, 1).submit(fetch()).is(t, ErrInactive.Error())
+		}
 	})
 }
 
@@ -474,8 +580,8 @@ func TestABrokenInvariantEndsTheActivationAndKeepsTheLoop(t *testing.T) {
 		c.state = nil // as broken as it can be; the loop is parked in its select
 		a := s.submit(broken)
 		a.is(t, "UNKNOWN_SERVER_ERROR")
-		if len(h.resigned) != 1 {
-			t.Errorf("resigned %v, want once", h.resigned)
+		if len(h.resignations()) != 1 {
+			t.Errorf("resigned %v, want once", h.resignations())
 		}
 		h.event(replicate.Event{Kind: replicate.Inactive, Term: 1})
 		h.event(replicate.Event{Kind: replicate.Active, Term: 2})

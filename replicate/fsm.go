@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"sync/atomic"
 
 	"github.com/hashicorp/raft"
 	"github.com/offset-sidecar/offset-sidecar/replicate/store"
@@ -18,7 +19,9 @@ type fsm struct {
 
 	index      uint64 // of the last entry applied
 	term, next uint64 // the entry that counts next
-	ended      bool   // nothing is applied any more; what is left out will be replayed
+	// ended: nothing is applied any more, though raft goes on handing entries over; what is left out will be replayed.
+	// Until the node has stopped, nobody may take the store for what raft has committed: no snapshot, no activation.
+	ended atomic.Bool
 }
 
 var (
@@ -42,7 +45,7 @@ func (f *fsm) ApplyBatch(logs []*raft.Log) []any {
 
 // Apply applies one entry, once: what the store had at the start is passed over.
 func (f *fsm) Apply(l *raft.Log) any {
-	if f.ended || l.Index <= f.index {
+	if f.ended.Load() || l.Index <= f.index {
 		return nil
 	}
 	f.index = l.Index
@@ -64,7 +67,7 @@ var errEnding = errors.New("the node is closing")
 
 // end stops applying: a gap must never follow.
 func (f *fsm) end(err error) {
-	f.ended = true
+	f.ended.Store(true)
 	if !errors.Is(err, errEnding) && !errors.Is(err, store.ErrClosing) {
 		f.fatal(err)
 	}
@@ -108,6 +111,9 @@ func (f *fsm) StoreConfiguration(index uint64, c raft.Configuration) {
 
 // Snapshot only notes how far the tail must be flushed: the flush itself does not hold up Apply.
 func (f *fsm) Snapshot() (raft.FSMSnapshot, error) {
+	if f.ended.Load() {
+		return nil, errEnding // raft's index is past what was applied
+	}
 	return &fsmSnapshot{store: f.store, index: f.index}, nil
 }
 
@@ -135,7 +141,7 @@ func (f *fsm) Restore(r io.ReadCloser) error {
 	}
 	f.resume()
 	if !f.send(Event{Kind: Reset}) {
-		f.ended = true
+		f.ended.Store(true)
 	}
 	return nil
 }

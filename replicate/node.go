@@ -248,6 +248,9 @@ func (n *Node) follow(active uint64) uint64 {
 			}
 			continue
 		}
+		if n.fsm.ended.Load() {
+			return ended // the barrier passed through an fsm that applies nothing any more
+		}
 		if now, still := n.leadership(); !still || now != term {
 			continue
 		}
@@ -291,6 +294,11 @@ func (n *Node) trim() {
 
 // send delivers an event; false if the node is ending.
 func (n *Node) send(e Event) bool {
+	select {
+	case <-n.stop:
+		return false // even where there is room
+	default:
+	}
 	select {
 	case n.events <- e:
 		return true
