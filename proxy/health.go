@@ -69,6 +69,7 @@ func (p *Proxy) probe(addr string) {
 		if !p.table.wanted(addr) {
 			return
 		}
+		p.upstream.Nudge() // until its answer leaves the broker out: FindCoordinator must agree with Metadata
 		select {
 		case <-time.After(probeInterval):
 		case <-p.ctx.Done():
