@@ -56,16 +56,20 @@ func TestRaftsLogIsCutByBytes(t *testing.T) {
 	h := openHarness(t, c)
 	h.active()
 	value := string(make([]byte, EntryBytes-100))
-	for i := 0; ; i++ {
+	size := func() (first uint64, bytes int64) {
+		first, _ = h.n.store.RaftLog().FirstIndex()
+		_, bytes = h.n.store.RaftLog().Size()
+		return first, bytes
+	}
+	for i := range 3 * logBytes / EntryBytes {
 		h.commit(record(int32(i%50), fmt.Sprint(i%100), value))
-		first, _ := h.n.store.RaftLog().FirstIndex()
-		_, bytes := h.n.store.RaftLog().Size()
-		if first > 1 && bytes < trailingBytes+10<<20 {
-			break
-		}
-		if i > 8000 {
+	}
+	late := time.Now().Add(time.Minute)
+	for first, bytes := size(); first == 1 || bytes > logBytes; first, bytes = size() {
+		if time.Now().After(late) {
 			t.Fatalf("raft's log holds %d bytes from %d on", bytes, first)
 		}
+		time.Sleep(10 * time.Millisecond)
 	}
 	want := h.latest()
 	h.close()
