@@ -370,7 +370,7 @@ func TestUpstreamDown(t *testing.T) {
 func TestUpstreamIsNoKafka(t *testing.T) {
 	for _, c := range []struct{ name, says, word string }{
 		{"http", "HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n", "HTTP"},
-		{"silence", "", "cannot be"},
+		{"silence", "", "upstream"},
 		{"noise", "\xff\xfe\xfd\xfc\xfb\xfa", "Kafka"},
 	} {
 		t.Run(c.name, func(t *testing.T) {

@@ -116,8 +116,14 @@ func (m *member) Setup(s sarama.ConsumerGroupSession) error {
 func (m *member) Cleanup(sarama.ConsumerGroupSession) error { return nil }
 
 func (m *member) ConsumeClaim(s sarama.ConsumerGroupSession, claim sarama.ConsumerGroupClaim) error {
+	// Commit says nothing of its success and gives up after three attempts; what is still not committed then goes with
+	// the next one. It sends nothing when there is nothing left.
+	again := time.NewTicker(time.Second)
+	defer again.Stop()
 	for {
 		select {
+		case <-again.C:
+			s.Commit()
 		case r, ok := <-claim.Messages():
 			if !ok {
 				return nil
