@@ -66,6 +66,7 @@ func startKafka(dir string, limit int64, logger *slog.Logger) (*embeddedKafka, e
 		cluster.Close()
 		return nil, fmt.Errorf("starting the embedded Kafka: %w", err)
 	}
+	cluster.ControlKey(int16(kmsg.CreateTopics), k.createTopics)
 	ctx, stop := context.WithCancel(context.Background())
 	k.stop = stop
 	k.done.Go(func() { k.boundData(ctx) })
@@ -240,4 +241,29 @@ func (k *embeddedKafka) count(n int64) {
 		default:
 		}
 	}
+}
+
+// createTopics answers the versions of CreateTopics that kafkaVersions hides, for clients that never ask which there
+// are: as version 4, in the newer form.
+func (k *embeddedKafka) createTopics(asked kmsg.Request) (kmsg.Response, error, bool) {
+	req := asked.(*kmsg.CreateTopicsRequest)
+	if req.Version <= 4 {
+		return nil, nil, false
+	}
+	k.cluster.KeepControl()
+	older := *req
+	older.Version = 4
+	var made *kmsg.CreateTopicsResponse
+	var err error
+	k.cluster.SleepControl(func() { made, err = older.RequestWith(context.Background(), k.client) })
+	if err != nil {
+		return nil, err, true
+	}
+	resp := req.ResponseKind().(*kmsg.CreateTopicsResponse)
+	resp.ThrottleMillis, resp.Topics = made.ThrottleMillis, made.Topics
+	for i := range resp.Topics {
+		resp.Topics[i].Configs = []kmsg.CreateTopicsResponseTopicConfig{}
+		resp.Topics[i].NumPartitions, resp.Topics[i].ReplicationFactor = -1, -1
+	}
+	return resp, nil, true
 }
