@@ -101,6 +101,15 @@ func (g *guard) check(size int64) error {
 	return fmt.Errorf("%w: %d MiB free under %s, %d MiB must stay free", ErrNoSpace, free>>20, g.dir, need>>20)
 }
 
+// roomy says whether size bytes beyond the floor are free: for what can be done without, so it trips nothing.
+func (g *guard) roomy(size int64) bool {
+	if g.min <= 0 {
+		return true
+	}
+	free, total, err := g.space(g.dir)
+	return err == nil && free >= g.floor(total)+size
+}
+
 // wait returns when a few bytes can be written safely, or stop is closed. Raft panics when its stable store fails.
 func (g *guard) wait(stop <-chan struct{}) bool {
 	if g.min <= 0 {

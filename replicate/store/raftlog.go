@@ -146,6 +146,7 @@ func (l *RaftLog) store(entries []*raft.Log, more func(*badger.Txn) error) error
 		from, more = to, nil
 	}
 	l.stored(entries, total, above)
+	l.s.prealloc.grew(total)
 	return nil
 }
 

@@ -76,6 +76,7 @@ type Store struct {
 	restoring sync.RWMutex // held for writing while the compacted log is replaced
 
 	compactor compactor
+	prealloc  *prealloc // nil: not worth it here
 	kick      chan struct{}
 	stop      chan struct{}
 	workers   sync.WaitGroup
@@ -111,6 +112,9 @@ func Open(opt Options) (*Store, error) {
 	}
 	s.workers.Go(s.keep)
 	s.workers.Go(s.compact)
+	if s.prealloc = newPrealloc(opt, s.files, s.log); s.prealloc != nil {
+		s.workers.Go(func() { s.prealloc.run(s.stop) })
+	}
 	return s, nil
 }
 
