@@ -109,11 +109,14 @@ func (c *conn) ownLeg() (*leg, error) {
 		if !c.own.dead() {
 			return c.own, nil
 		}
-		if c.passed || c.own.silent.Load() {
+		switch ended := c.passed || c.own.silent.Load(); {
+		case ended && !c.own.up.Load():
+			return nil, errUnsent
+		case ended:
 			return nil, errLegEnded
 		}
 	}
-	c.own = c.replace(c.own, c.ownAddrs())
+	c.own = c.replace(c.own, c.ownAddrs(), true)
 	return c.own, nil
 }
 
@@ -134,7 +137,7 @@ func (c *conn) anyLeg() (*leg, error) {
 		return c.ownLeg()
 	}
 	if c.listener.node == anyNode {
-		c.own = c.replace(c.own, c.ownAddrs())
+		c.own = c.replace(c.own, c.ownAddrs(), true)
 		return c.own, nil
 	}
 	if c.other == nil || c.other.dead() || c.suspectLeg(c.other) {
@@ -142,7 +145,7 @@ func (c *conn) anyLeg() (*leg, error) {
 		if len(others) == 0 {
 			return c.ownLeg()
 		}
-		c.other = c.replace(c.other, others)
+		c.other = c.replace(c.other, others, false)
 	}
 	return c.other, nil
 }
@@ -152,12 +155,12 @@ func (c *conn) suspectLeg(l *leg) bool {
 	return l != nil && (l.failed() || l.up.Load() && c.proxy.health.suspected(l.addr))
 }
 
-// replace dials a new leg. What is outstanding on the old one is still read.
-func (c *conn) replace(old *leg, addrs []string) *leg {
+// replace dials a new leg, to the listener's own broker or to another. What is outstanding on the old one is still read.
+func (c *conn) replace(old *leg, addrs []string, own bool) *leg {
 	if old != nil {
 		old.retire()
 	}
-	l := c.newLeg(addrs)
+	l := c.newLeg(addrs, own)
 	c.mu.Lock()
 	c.legs = slices.DeleteFunc(c.legs, (*leg).finished)
 	c.legs = append(c.legs, l)

@@ -37,6 +37,7 @@ type leg struct {
 	proxy *Proxy
 	owner *conn
 	addrs []string      // to be dialled
+	own   bool          // they are the listener's own broker's
 	ready chan struct{} // closed when the dial has ended
 	up    atomic.Bool   // set before that if it went well: replies may be read
 	// flushed is closed when the frames kept meanwhile are sent, or never will be; open is set before if they were: the
@@ -74,8 +75,8 @@ type leg struct {
 }
 
 // newLeg begins to dial the first of these addresses that answers.
-func (c *conn) newLeg(addrs []string) *leg {
-	l := &leg{proxy: c.proxy, owner: c, addrs: addrs, ready: make(chan struct{}), flushed: make(chan struct{}), used: time.Now()}
+func (c *conn) newLeg(addrs []string, own bool) *leg {
+	l := &leg{proxy: c.proxy, owner: c, addrs: addrs, own: own, ready: make(chan struct{}), flushed: make(chan struct{}), used: time.Now()}
 	c.proxy.running.Add(1)
 	go l.dial()
 	return l
@@ -87,7 +88,7 @@ func (l *leg) dial() {
 	defer c.inflight.signal()
 	defer close(l.flushed)
 	err := l.tryDial()
-	if c.ctx.Err() == nil {
+	if l.own && c.ctx.Err() == nil {
 		c.listener.dialed(err)
 	}
 	close(l.ready)

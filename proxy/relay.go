@@ -1,11 +1,8 @@
 package proxy
 
 import (
-	"errors"
-	"fmt"
 	"io"
 	"net"
-	"os"
 	"sync"
 	"time"
 
@@ -142,12 +139,21 @@ type mover struct {
 	metrics *tracing.Metrics
 }
 
-// move takes n bytes from src, of which some may be buffered, to dst. refresh is called before each piece and sets its
-// deadlines; progress after each that moved something.
-func (m *mover) move(dst net.Conn, src *frameReader, n int, refresh, progress func()) error {
+// way says how long a move may take. A frame is moved in pieces.
+type way interface {
+	begin()                       // a piece: sets its deadlines
+	moved(n int, err error) error // so many bytes of a piece; gives the error that ends the move, if it does
+}
+
+// move takes n bytes from src, of which some may be buffered, to dst.
+func (m *mover) move(dst net.Conn, src *frameReader, n int, by way) error {
 	if have := min(n, src.end-src.at); have > 0 {
+		by.begin()
 		if _, err := dst.Write(src.buf[src.at : src.at+have]); err != nil {
-			return &writeError{err}
+			return err
+		}
+		if err := by.moved(have, nil); err != nil {
+			return err
 		}
 		src.take(have)
 		m.metrics.Add(tracing.CopiedBytes, int64(have))
@@ -159,66 +165,57 @@ func (m *mover) move(dst net.Conn, src *frameReader, n int, refresh, progress fu
 		select {
 		case m.splices <- struct{}{}:
 			defer func() { <-m.splices }()
-			return m.splice(to, from, n, refresh, progress)
+			return m.splice(to, from, n, by)
 		default: // enough of them under way
 		}
 	}
-	return m.copy(dst, src.conn, n, refresh, progress)
+	return m.copy(dst, src.conn, n, by)
 }
 
-func (m *mover) splice(dst, src *net.TCPConn, n int, refresh, progress func()) error {
+func (m *mover) splice(dst, src *net.TCPConn, n int, by way) error {
 	m.metrics.Add(tracing.Splices, 1)
+	piece := io.LimitedReader{R: src}
 	for n > 0 {
-		refresh()
-		moved, err := dst.ReadFrom(&io.LimitedReader{R: src, N: int64(min(n, splicePiece))})
+		by.begin()
+		piece.N = int64(min(n, splicePiece))
+		moved, err := dst.ReadFrom(&piece)
 		n -= int(moved)
-		if moved > 0 {
-			m.metrics.Add(tracing.SplicedBytes, moved)
-			progress()
+		m.metrics.Add(tracing.SplicedBytes, moved)
+		if err == nil && moved == 0 {
+			err = io.ErrUnexpectedEOF
 		}
-		switch {
-		case err == nil && moved == 0:
-			return io.ErrUnexpectedEOF
-		case err == nil:
-		case moved > 0 && errors.Is(err, os.ErrDeadlineExceeded):
-			// The deadline ran out while the receiver did not read: the sender is not to blame.
-		default:
+		if err = by.moved(int(moved), err); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-func (m *mover) copy(dst net.Conn, src net.Conn, n int, refresh, progress func()) error {
+func (m *mover) copy(dst net.Conn, src net.Conn, n int, by way) error {
 	if n == 0 {
 		return nil
 	}
 	buf := largeBuffers.Get().(*[largeBuffer]byte)
 	defer largeBuffers.Put(buf)
 	for n > 0 {
-		refresh()
+		by.begin()
 		got, err := src.Read(buf[:min(n, largeBuffer)])
-		if got == 0 && err != nil {
-			if err == io.EOF {
-				err = io.ErrUnexpectedEOF
+		if got > 0 {
+			if _, err := dst.Write(buf[:got]); err != nil {
+				return err
 			}
-			return err
-		}
-		if _, err := dst.Write(buf[:got]); err != nil {
-			return &writeError{err}
+			err = nil // it comes again, if there is more to read
+		} else if err == io.EOF {
+			err = io.ErrUnexpectedEOF
 		}
 		n -= got
 		m.metrics.Add(tracing.CopiedBytes, int64(got))
-		progress()
+		if err = by.moved(got, err); err != nil {
+			return err
+		}
 	}
 	return nil
 }
-
-// writeError is a failure of the receiving side of a move.
-type writeError struct{ err error }
-
-func (e *writeError) Error() string { return fmt.Sprintf("writing: %v", e.err) }
-func (e *writeError) Unwrap() error { return e.err }
 
 // deadline sets a connection's deadline only when it has to be moved by more than a quarter of the time-out: setting one
 // costs as much as a small frame.

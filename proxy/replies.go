@@ -105,7 +105,7 @@ func (c *conn) sleep(s *slot, ready <-chan struct{}, until time.Time) error {
 		return err
 	}
 	c.inflight.writerWaits.Store(true)
-	if c.awake(s) {
+	if c.awake(s, !until.IsZero()) {
 		return nil
 	}
 	var alarm <-chan time.Time
@@ -168,12 +168,12 @@ func (c *conn) listen(l *leg) error {
 }
 
 // awake looks, after the others were told that we sleep, whether what they would have woken us for has come already.
-func (c *conn) awake(s *slot) bool {
+func (c *conn) awake(s *slot, alarmed bool) bool {
 	switch {
 	case s == nil:
 		return c.inflight.oldest() != nil || c.inflight.ended.Load()
 	case s.kind == slotCalled:
-		return s.call.done()
+		return s.call.done(alarmed)
 	}
 	return false // what else there is to wait for is a channel
 }
@@ -249,8 +249,7 @@ func (c *conn) relay(s *slot) error {
 		if err := c.flush(); err != nil {
 			return err
 		}
-		refresh := func() { l.readBy.after(c.proxy.config.UpstreamTimeout) }
-		return c.proxy.mover.move(c.client, &l.in, total, refresh, func() {})
+		return c.proxy.mover.move(c.client, &l.in, total, reply{c, l})
 	}
 	if err := c.needReply(l, total, c.proxy.config.UpstreamTimeout); err != nil {
 		return err
@@ -263,6 +262,21 @@ func (c *conn) relay(s *slot) error {
 	}
 	l.in.take(total)
 	c.proxy.metrics.Add(tracing.CopiedBytes, int64(total))
+	return err
+}
+
+// reply is the way of a large reply. A client may read as slowly as it likes.
+type reply struct {
+	c *conn
+	l *leg
+}
+
+func (r reply) begin() { r.l.readBy.after(r.c.proxy.config.UpstreamTimeout) }
+
+func (r reply) moved(n int, err error) error {
+	if n > 0 && errors.Is(err, os.ErrDeadlineExceeded) {
+		return nil // the time ran out while the client did not read: the broker is not to blame
+	}
 	return err
 }
 
@@ -396,6 +410,9 @@ func (c *conn) relayRewritten(s *slot, total int) error {
 	c.proxy.metrics.Add(tracing.CopiedBytes, int64(total))
 	rewritten, err := c.proxy.rewrite(s, frame[4:])
 	if errors.Is(err, errNoBrokers) {
+		if s.request == nil { // nobody else knows the client
+			return c.afterDelay(err)
+		}
 		return c.askElsewhere(s, l.addr, err)
 	}
 	if err != nil {
@@ -446,11 +463,14 @@ func (c *conn) unanswered(s *slot, cause error) error {
 	if errors.As(cause, &m) {
 		return cause
 	}
-	sent := l.settled() && l.up.Load()
+	settled := l.settled()
+	sent := settled && l.up.Load()
 	switch {
 	case sent && errors.Is(cause, errStalled):
 		l.owed++
 		c.proxy.suspect(l.addr, cause)
+	case !settled:
+		l.owed++ // it is sent once the leg is up
 	case sent:
 		l.broken.Store(true)
 	}

@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"net"
+	"os"
 	"time"
 
 	"github.com/offset-sidecar/offset-sidecar/proxy/wire"
@@ -219,8 +220,6 @@ func (c *conn) relayRequest(h wire.RequestHeader, r route, total int) error {
 		return err
 	}
 	switch h.APIKey {
-	case keySaslHandshake, keySaslAuthenticate:
-		c.passed = true
 	case keyInitProducerID, keyDescribeConfigs, keyAlterConfigs, keyIncrementalAlterConfigs:
 		if !isBound(h, c.in.buffered()[4:total]) {
 			frame := bytes.Clone(c.in.buffered()[:total])
@@ -228,9 +227,29 @@ func (c *conn) relayRequest(h wire.RequestHeader, r route, total int) error {
 			return c.sendToAny(h, s, frame)
 		}
 	}
+	if h.APIKey != keyProduce && h.APIKey != keyFetch {
+		s.wait = ownWait(h, c.in.buffered()[4:total])
+	}
 	err = c.sendOwn(s, c.in.buffered()[:total], silent)
 	c.in.take(total)
+	if h.APIKey == keySaslHandshake || h.APIKey == keySaslAuthenticate {
+		c.passed = true
+	}
 	return err
+}
+
+func millis(n int32) time.Duration { return time.Duration(max(n, 0)) * time.Millisecond }
+
+// ownWait gives the time that a request of the admin client lets the broker take.
+func ownWait(h wire.RequestHeader, frame []byte) time.Duration {
+	if _, ok := kmsg.RequestForKey(h.APIKey).(kmsg.TimeoutRequest); !ok {
+		return 0
+	}
+	req, err := wire.DecodeRequest(h, frame)
+	if err != nil {
+		return 0 // the broker will say so, too
+	}
+	return millis(req.(kmsg.TimeoutRequest).Timeout())
 }
 
 // readWait looks into a request for how long the broker may take, and whether it will answer at all.
@@ -250,13 +269,16 @@ func (c *conn) readWait(h wire.RequestHeader, total int, s *slot) (silent bool, 
 				body = body[4:]
 			}
 			if len(body) >= 4 {
-				s.wait = time.Duration(max(int32(binary.BigEndian.Uint32(body)), 0)) * time.Millisecond
+				s.wait = millis(int32(binary.BigEndian.Uint32(body)))
 			}
 			return false, nil
 		}
-		acks, err := wire.ProduceAcks(h.APIVersion, body)
+		acks, timeout, err := wire.ProduceAcks(h.APIVersion, body)
 		switch {
 		case err == nil:
+			if acks == -1 { // the broker waits for the other replicas
+				s.wait = millis(timeout)
+			}
 			return acks == 0, nil
 		case !errors.Is(err, wire.ErrShort) || whole || len(have) > maxHeader:
 			return false, blame(tracing.MistakeRequest, "a Produce request without acks: %v", err)
@@ -275,14 +297,17 @@ func (c *conn) sendOwn(s slot, frame []byte, silent bool) (err error) {
 // sendToAny sends a request that any broker can answer to one that is likely to.
 func (c *conn) sendToAny(h wire.RequestHeader, s slot, frame []byte) (err error) {
 	s.kind = slotRelayed
-	if !c.passed {
-		s.request = frame
-	}
+	s.wait = ownWait(h, frame[4:])
 	switch h.APIKey {
 	case keyFindCoordinator, keyMetadata, keyDescribeCluster:
 		s.repeatable, s.rewrite = true, true
 	case keyDescribeTopicPartitions:
 		s.repeatable = true
+	}
+	if c.passed {
+		s.repeatable = false // another broker does not know the client
+	} else {
+		s.request = frame
 	}
 	if s.leg, err = c.anyLeg(); err != nil {
 		return err
@@ -339,12 +364,42 @@ func (c *conn) relayLarge(s slot, total int, silent bool) error {
 	if !l.wait(c.ctx.Done()) {
 		return errUnsent
 	}
-	l.writeBy.exactly(time.Time{})
-	progress := func() { l.sent.Store(time.Now().UnixNano()) }
-	err = c.proxy.mover.move(l.conn, &c.in, total, progress, progress)
+	err = c.proxy.mover.move(l.conn, &c.in, total, &upload{c: c, l: l})
+	_ = c.client.SetReadDeadline(time.Time{})
 	l.used = time.Now()
 	if err != nil {
 		l.broken.Store(true)
+	}
+	return err
+}
+
+// upload is the way of a large request. A client may take as long as it likes to send it: reading from it gives up a
+// piece every little while, with nothing in between the two sockets, so that the deadline for writing can be set anew. A
+// broker has --upstream-timeout to take a piece.
+type upload struct {
+	c    *conn
+	l    *leg
+	read deadline
+}
+
+func (u *upload) begin() {
+	if u.read.set == nil {
+		u.read.set = u.c.client.SetReadDeadline
+	}
+	timeout := u.c.proxy.config.UpstreamTimeout
+	u.read.after(timeout / 4)
+	u.l.writeBy.after(timeout + timeout/2)
+}
+
+func (u *upload) moved(n int, err error) error {
+	now := time.Now()
+	late := u.l.writeBy.at.Add(-u.c.proxy.config.UpstreamTimeout / 8) // deadlines may fire a little early
+	if errors.Is(err, os.ErrDeadlineExceeded) && now.Before(late) {
+		err = nil // the client's, then
+		u.read.at = time.Time{}
+	}
+	if err == nil {
+		u.l.sent.Store(now.UnixNano())
 	}
 	return err
 }

@@ -46,6 +46,7 @@ type call struct {
 	session  *session
 	request  kmsg.Request
 	ordinal  uint64
+	timeout  time.Duration
 	deadline time.Time
 	heldOnly bool // the deadline counts only while the request is held: a parked join may take as long as its group
 	flying   bool // with the coordinator
@@ -63,7 +64,7 @@ func (s *session) init(p *Proxy, host string, wake func()) {
 // submit takes a request that has just been read.
 func (s *session) submit(req kmsg.Request, clientID *string) *call {
 	timeout, heldOnly := s.holdTime(req)
-	c := &call{session: s, request: req, deadline: time.Now().Add(timeout), heldOnly: heldOnly}
+	c := &call{session: s, request: req, timeout: timeout, deadline: time.Now().Add(timeout), heldOnly: heldOnly}
 	s.send.Lock()
 	defer s.send.Unlock()
 	s.mu.Lock()
@@ -103,7 +104,7 @@ func (s *session) holdTime(req kmsg.Request) (timeout time.Duration, heldOnly bo
 func (s *session) sendHeld() {
 	status := s.proxy.coordinator.Status()
 	if !status.Active {
-		s.proxy.held.add(s)
+		s.hold()
 		return
 	}
 	s.mu.Lock()
@@ -141,16 +142,28 @@ func (c *call) take(response kmsg.Response, err error) {
 	c.flying = false
 	if err != nil {
 		s.returned = true
+		if c.heldOnly { // how long it was with the coordinator does not count
+			c.deadline = time.Now().Add(c.timeout)
+		}
 	} else {
 		s.answer(c, response)
 	}
 	again := s.flying == 0 && !s.closed && len(s.unanswered) > 0 // held ones, then
 	s.mu.Unlock()
 	if again {
-		s.proxy.held.add(s)
+		s.hold()
 	}
-	if err == nil {
-		s.wake()
+	s.wake() // for the answer, or because there is a deadline again
+}
+
+// hold has the session looked at when a coordinator is active, unless its client has gone.
+func (s *session) hold() {
+	s.proxy.held.add(s)
+	s.mu.Lock()
+	closed := s.closed
+	s.mu.Unlock()
+	if closed { // perhaps since before it was added
+		s.proxy.held.remove(s)
 	}
 }
 
@@ -166,11 +179,12 @@ func (s *session) answer(c *call, response kmsg.Response) {
 	}
 }
 
-// done says whether there is an answer, or will never be one.
-func (c *call) done() bool {
+// done says whether who waits for the call has to look at it: there is an answer, or will never be one; or it is held,
+// and whoever waits does so without an alarm.
+func (c *call) done(alarmed bool) bool {
 	c.session.mu.Lock()
 	defer c.session.mu.Unlock()
-	return c.answered || c.session.closed && !c.flying
+	return c.answered || !c.flying && (c.session.closed || !alarmed)
 }
 
 // result gives the response to a call if there is one, else by when there must be; a zero time: whenever it comes. What

@@ -68,14 +68,16 @@ func ParseRequestHeader(frame []byte) (RequestHeader, error) {
 	return h, r.err
 }
 
-// ProduceAcks reads the acks of a Produce request from the beginning of its body. With acks 0 there is no reply.
-func ProduceAcks(version int16, body []byte) (int16, error) {
+// ProduceAcks reads the acks of a Produce request, and the milliseconds it lets the broker wait for them, from the
+// beginning of its body. With acks 0 there is no reply.
+func ProduceAcks(version int16, body []byte) (acks int16, timeout int32, err error) {
 	r := reader{b: body, flexible: flexible(0, version)}
 	if version >= 3 {
 		r.skipString(true) // the transactional id
 	}
-	acks := r.int16()
-	return acks, r.err
+	acks = r.int16()
+	timeout = r.int32()
+	return acks, timeout, r.err
 }
 
 // maxUnchecked bounds the requests that are decoded without having been walked over: kmsg makes room for as many

@@ -108,10 +108,10 @@ func TestProduceAcksAreReadFromTheBeginning(t *testing.T) {
 				body := req.AppendTo(nil)
 				read := 0
 				for cut := range len(body) + 1 {
-					got, err := wire.ProduceAcks(version, body[:cut])
+					got, timeout, err := wire.ProduceAcks(version, body[:cut])
 					switch {
-					case err == nil && got != acks:
-						t.Fatalf("version %d, %d bytes: acks %d, want %d", version, cut, got, acks)
+					case err == nil && (got != acks || timeout != 9):
+						t.Fatalf("version %d, %d bytes: acks %d, want %d; time-out %d, want 9", version, cut, got, acks, timeout)
 					case err == nil:
 						read++
 					case !errors.Is(err, wire.ErrShort) || read > 0:
@@ -326,13 +326,13 @@ func FuzzProduceAcks(f *testing.F) {
 	f.Add(int16(8), []byte("\x00\x02tx\x00\x01"))
 	f.Add(int16(13), []byte("\x03tx\x00\x01"))
 	f.Fuzz(func(t *testing.T, version int16, body []byte) {
-		got, err := wire.ProduceAcks(version, body)
+		got, timeout, err := wire.ProduceAcks(version, body)
 		req := kmsg.NewPtrProduceRequest()
 		if req.Version = version; version < 0 || version > 13 || req.ReadFrom(body) != nil || err != nil {
 			return
 		}
-		if got != req.Acks {
-			t.Fatalf("version %d: acks %d, want %d", version, got, req.Acks)
+		if got != req.Acks || timeout != req.TimeoutMillis {
+			t.Fatalf("version %d: acks %d, want %d; time-out %d, want %d", version, got, req.Acks, timeout, req.TimeoutMillis)
 		}
 	})
 }

@@ -113,7 +113,7 @@ func (r *reader) sizeLen() int {
 	return int(r.uvarint()) - 1
 }
 
-// nullable skips a length and as many bytes; null is an error unless it is allowed.
+// skipLen skips as many bytes as a length says, -1 for null; null is an error unless it is allowed.
 func (r *reader) skipLen(n int, null bool) {
 	if r.err != nil {
 		return
