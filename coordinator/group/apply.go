@@ -3,7 +3,8 @@ package group
 import (
 	"bytes"
 	"cmp"
-	"slices"
+	"iter"
+	"math"
 	"unique"
 )
 
@@ -12,37 +13,59 @@ import (
 type group struct {
 	id        string
 	partition int32
-	meta      []byte         // GroupMetadataValue
-	round     []byte         // the join round completed last
-	seenValue []byte         // when a client was last seen, coarsely
-	offsets   []topicOffsets // sorted by topic
+	meta      []byte               // GroupMetadataValue
+	round     []byte               // the join round completed last
+	departed  []byte               // who has left since
+	seenValue []byte               // when a client was last seen, coarsely
+	offsets   sorted[topicOffsets] // by topic
 
 	live *classic
 	seen int64 // milliseconds; when a client was last seen in this activation, 0 for not yet
 }
 
-// topicOffsets are a group's offsets of a topic, sorted by partition. Slices rather than maps, for most groups have few
-// of each. Names are interned: a million keys share some hundred topic names.
+// topicOffsets are a group's offsets of a topic, by partition. Lists rather than maps, for most groups have few of each.
+// Names are interned: a million keys share some hundred topic names.
 type topicOffsets struct {
 	topic unique.Handle[string]
-	list  []partitionOffset
+	list  sorted[partitionOffset]
 }
 
 func (t *topicOffsets) name() string { return t.topic.Value() }
 
 // topicAt is where the offsets of a topic are, or would be.
-func (g *group) topicAt(name string) (int, bool) {
-	return slices.BinarySearchFunc(g.offsets, name, func(t topicOffsets, name string) int {
-		return cmp.Compare(t.name(), name)
-	})
+func (g *group) topicAt(name string) (place, bool) {
+	return g.offsets.search(func(t *topicOffsets) int { return cmp.Compare(t.name(), name) })
 }
 
 // topic gives the offsets of a topic, nil if there are none. It holds until the next record is applied.
 func (g *group) topic(name string) *topicOffsets {
-	if i, ok := g.topicAt(name); ok {
-		return &g.offsets[i]
+	if p, ok := g.topicAt(name); ok {
+		return g.offsets.at(p)
 	}
 	return nil
+}
+
+// allOffsets gives the group's offsets in order.
+func (g *group) allOffsets() iter.Seq2[*topicOffsets, *partitionOffset] {
+	return g.offsetsFrom("", math.MinInt32)
+}
+
+// offsetsFrom gives the group's offsets in order, beginning at those of a topic and partition.
+func (g *group) offsetsFrom(name string, partition int32) iter.Seq2[*topicOffsets, *partitionOffset] {
+	return func(yield func(*topicOffsets, *partitionOffset) bool) {
+		at, _ := g.topicAt(name)
+		for t := range g.offsets.from(at) {
+			first := place{}
+			if t.name() == name {
+				first, _ = t.find(partition)
+			}
+			for p := range t.list.from(first) {
+				if !yield(t, p) {
+					return
+				}
+			}
+		}
+	}
 }
 
 type partitionOffset struct {
@@ -50,18 +73,24 @@ type partitionOffset struct {
 	value     []byte // OffsetCommitValue
 }
 
-func (t *topicOffsets) find(partition int32) (int, bool) {
-	if i := int(partition); i >= 0 && i < len(t.list) && t.list[i].partition == partition {
-		return i, true // all partitions from 0 on have an offset, as is usual
+func (t *topicOffsets) find(partition int32) (place, bool) {
+	if i := int(partition); i >= 0 && i < len(t.list.head) && t.list.head[i].partition == partition {
+		return place{0, i}, true // all partitions from 0 on have an offset, as is usual
 	}
-	return slices.BinarySearchFunc(t.list, partition, func(p partitionOffset, n int32) int {
-		return cmp.Compare(p.partition, n)
-	})
+	return t.list.search(func(p *partitionOffset) int { return cmp.Compare(p.partition, partition) })
+}
+
+// value gives the OffsetCommitValue of a partition, nil if there is none.
+func (t *topicOffsets) value(partition int32) []byte {
+	if p, ok := t.find(partition); ok {
+		return t.list.at(p).value
+	}
+	return nil
 }
 
 // exists tells a group from a mere sighting of one.
 func (g *group) exists() bool {
-	return g.live != nil || g.meta != nil || g.round != nil || len(g.offsets) > 0
+	return g.live != nil || g.meta != nil || g.round != nil || !g.offsets.empty()
 }
 
 // Apply makes r the newest record of its key. Live, in replay and in undo, the same line runs: State is a function of
@@ -91,9 +120,7 @@ func (s *State) Record(key []byte) []byte {
 	switch k.kind {
 	case keyOffset:
 		if t := g.topic(string(k.topic)); t != nil {
-			if i, ok := t.find(k.partition); ok {
-				return t.list[i].value
-			}
+			return t.value(k.partition)
 		}
 		return nil
 	default:
@@ -108,6 +135,8 @@ func (g *group) value(kind int16) *[]byte {
 		return &g.meta
 	case keyRound:
 		return &g.round
+	case keyDeparted:
+		return &g.departed
 	default:
 		return &g.seenValue
 	}
@@ -145,23 +174,25 @@ func (g *group) swapOffset(k recordKey, value []byte) (previous []byte) {
 	at, found := g.topicAt(string(k.topic))
 	if !found {
 		if value != nil {
-			t := topicOffsets{unique.Make(string(k.topic)), []partitionOffset{{k.partition, value}}}
-			g.offsets = slices.Insert(g.offsets, at, t)
+			t := topicOffsets{topic: unique.Make(string(k.topic))}
+			t.list.head = []partitionOffset{{k.partition, value}}
+			g.offsets.insert(at, t)
 		}
 		return nil
 	}
-	t := &g.offsets[at]
-	i, found := t.find(k.partition)
+	t := g.offsets.at(at)
+	p, found := t.find(k.partition)
 	switch {
 	case found && value != nil:
-		previous, t.list[i].value = t.list[i].value, value
+		o := t.list.at(p)
+		previous, o.value = o.value, value
 	case found:
-		previous = t.list[i].value
-		if t.list = slices.Delete(t.list, i, i+1); len(t.list) == 0 {
-			g.offsets = slices.Delete(g.offsets, at, at+1)
+		previous = t.list.at(p).value
+		if t.list.remove(p); t.list.empty() {
+			g.offsets.remove(at)
 		}
 	case value != nil:
-		t.list = slices.Insert(t.list, i, partitionOffset{k.partition, value})
+		t.list.insert(p, partitionOffset{k.partition, value})
 	}
 	return previous
 }
@@ -177,7 +208,7 @@ func (s *State) addGroup(id string) *group {
 }
 
 func (s *State) dropIfGone(g *group) {
-	if !g.exists() && g.seenValue == nil {
+	if !g.exists() && g.seenValue == nil && g.departed == nil {
 		delete(s.groups, g.id)
 	}
 }

@@ -2,6 +2,8 @@ package group
 
 import (
 	"bytes"
+	"cmp"
+	"maps"
 	"math/bits"
 	"slices"
 	"time"
@@ -40,8 +42,11 @@ type classic struct {
 	awaitingJoin    int            // members whose join is parked
 	supported       map[string]int // members by the protocols they support
 	subscribed      map[string]bool
-	newMember       bool // one was added while the initial rebalance is delayed
-	size            int  // bytes that the members take in a record, at most
+	origins         map[origin]string // ids of members and pending ones by the requests that gave them
+	departed        bitmap            // who has left this generation, by seat
+	noting          bool              // departed has changed in this Step or Tick
+	newMember       bool              // one was added while the initial rebalance is delayed
+	size            memberSize        // of all members
 	joinPhase       timer
 	syncPhase       timer
 	initial         bool          // joinPhase is the delay of the initial rebalance
@@ -69,6 +74,7 @@ type member struct {
 	protocols            []protocol
 	assignment           []byte
 	origin               origin
+	seat                 int // in the list of its generation's members, from 1; 0: not of it
 
 	isNew      bool   // its first join is parked
 	join, sync parked // what waits for an answer
@@ -127,7 +133,7 @@ func (c *classic) add(m *member) {
 	c.unpend(m.id)
 }
 
-// count keeps supported, size and awaitingJoin right when a member comes (1) or goes (-1).
+// count keeps supported, size, origins and awaitingJoin right when a member comes (1) or goes (-1).
 func (c *classic) count(m *member, n int) {
 	if c.supported == nil {
 		c.supported = map[string]int{}
@@ -137,29 +143,91 @@ func (c *classic) count(m *member, n int) {
 			delete(c.supported, p.name)
 		}
 	}
-	c.size += n * m.size()
+	size := m.size()
+	c.size.largest += n * size.largest
+	c.size.all += n * size.all
+	if m.origin.ordinal != 0 {
+		c.noteOrigin(m.origin, m.id, n > 0)
+	}
 	if m.join.call != 0 {
 		c.awaitingJoin += n
 	}
 }
 
-// size is what the member takes at most in the record of a join round that holds only the chosen protocol.
-func (m *member) size() int {
+func (c *classic) noteOrigin(o origin, id string, comes bool) {
+	switch {
+	case comes && c.origins == nil:
+		c.origins = map[origin]string{o: id}
+	case comes:
+		c.origins[o] = id
+	case c.origins[o] == id:
+		delete(c.origins, o)
+	}
+}
+
+// memberSize is what members take at most in the record of a join round: with the chosen protocol of each alone, which
+// may be the largest, and with all protocols.
+type memberSize struct{ largest, all int }
+
+func (m *member) size() memberSize {
 	n := 64 + len(m.id) + len(m.clientID) + len(m.clientHost)
 	if m.instance != nil {
 		n += len(*m.instance)
 	}
-	largest := 0
+	largest, all := 0, 0
 	for _, p := range m.protocols {
+		all += 6 + len(p.name) + len(p.metadata)
 		largest = max(largest, len(p.name)+len(p.metadata))
 	}
-	return n + largest
+	return memberSize{n + largest, n + all}
+}
+
+// fits says whether there is room for a member, in the place of old if that is not nil: in the record of the round, and
+// in what the group may take besides.
+func (c *classic) fits(m, old *member) bool {
+	size := m.size()
+	if old != nil {
+		was := old.size()
+		size.largest -= was.largest
+		size.all -= was.all
+	}
+	return c.size.largest+size.largest <= maxRound && c.size.all+size.all <= maxProtocols
+}
+
+// pend remembers an id that is handed out. Beyond maxPending the oldest are forgotten, a few at once.
+func (s *State) pend(c *classic, p *pendingMember) {
+	if len(c.pending) >= maxPending {
+		oldest := slices.SortedFunc(maps.Values(c.pending), func(a, b *pendingMember) int {
+			return cmp.Compare(a.timer.order, b.timer.order)
+		})
+		for _, p := range oldest[:maxPending/16] {
+			s.dropPending(c, p.id)
+		}
+	}
+	if c.pending == nil {
+		c.pending = map[string]*pendingMember{}
+	}
+	c.pending[p.id] = p
+	if p.origin.ordinal != 0 {
+		c.noteOrigin(p.origin, p.id, true)
+	}
 }
 
 func (c *classic) unpend(id string) *pendingMember {
 	p := c.pending[id]
+	if p == nil {
+		return nil
+	}
 	delete(c.pending, id)
+	c.noteOrigin(p.origin, id, false)
 	return p
+}
+
+// seated notes the places of the members in their generation's records.
+func (c *classic) seated() {
+	for i, m := range c.members {
+		m.seat = i + 1
+	}
 }
 
 // remove takes a member out; what it has parked must have been answered.
@@ -288,14 +356,10 @@ func (c *classic) showAssignments(before *classic) {
 }
 
 // enrich adds to a group that was read from its GroupMetadataValue what only the record of its join round has: all
-// protocols of the members, how they came by their ids, and, if departed, who has gone since. Else membership stays as
-// it was: an append that was cut off between the two records may have left the round a step ahead.
-func (c *classic) enrich(round *classic, departed bool) {
-	for _, m := range slices.Clone(c.members) {
-		if departed && round.byID[m.id] == nil {
-			c.remove(m)
-			continue
-		}
+// protocols of the members, and how they came by their ids. Membership stays as it was: an append that was cut off
+// between the two records may have left the round a step ahead.
+func (c *classic) enrich(round *classic) {
+	for _, m := range c.members {
 		if r := round.byID[m.id]; r != nil {
 			c.count(m, -1)
 			m.protocols, m.origin = r.protocols, r.origin

@@ -42,21 +42,54 @@ func (s *State) listGroups(in *Input, req *kmsg.ListGroupsRequest) {
 // on (KIP-1043).
 func (s *State) describeGroups(in *Input, req *kmsg.DescribeGroupsRequest) {
 	resp := req.ResponseKind().(*kmsg.DescribeGroupsResponse)
+	type described struct {
+		group kmsg.DescribeGroupsResponseGroup
+		size  int
+	}
+	room, already := maxResponse, map[string]described{}
 	for _, id := range req.Groups {
-		d := kmsg.NewDescribeGroupsResponseGroup()
-		d.Group, d.State = id, "Dead"
-		if g := s.find(id); g != nil {
-			describe(&d, g.view())
-		} else if req.Version >= 6 {
-			message := "Group " + id + " not found."
-			d.ErrorCode, d.ErrorMessage = errGroupNotFound, &message
+		d, again := already[id]
+		if !again {
+			d.group = s.describeGroup(id, req)
+			d.size = describedSize(&d.group)
+			already[id] = d
 		}
-		if req.Version >= 3 && req.IncludeAuthorizedOperations && d.ErrorCode == 0 {
-			d.AuthorizedOperations = groupOperations
+		if d.size > room {
+			d.group, d.size = kmsg.NewDescribeGroupsResponseGroup(), 0
+			d.group.Group, d.group.ErrorCode = id, errServer
 		}
-		resp.Groups = append(resp.Groups, d)
+		room -= d.size
+		resp.Groups = append(resp.Groups, d.group)
 	}
 	s.reply(in.Call, resp)
+}
+
+func (s *State) describeGroup(id string, req *kmsg.DescribeGroupsRequest) kmsg.DescribeGroupsResponseGroup {
+	d := kmsg.NewDescribeGroupsResponseGroup()
+	d.Group, d.State = id, "Dead"
+	if g := s.find(id); g != nil {
+		describe(&d, g.view())
+	} else if req.Version >= 6 {
+		message := "Group " + id + " not found."
+		d.ErrorCode, d.ErrorMessage = errGroupNotFound, &message
+	}
+	if req.Version >= 3 && req.IncludeAuthorizedOperations && d.ErrorCode == 0 {
+		d.AuthorizedOperations = groupOperations
+	}
+	return d
+}
+
+// describedSize is roughly what the group takes in a response.
+func describedSize(d *kmsg.DescribeGroupsResponseGroup) int {
+	n := 64 + len(d.Group)
+	for i := range d.Members {
+		m := &d.Members[i]
+		n += 32 + len(m.MemberID) + len(m.ClientID) + len(m.ClientHost) + len(m.ProtocolMetadata) + len(m.MemberAssignment)
+		if m.InstanceID != nil {
+			n += len(*m.InstanceID)
+		}
+	}
+	return n
 }
 
 func describe(d *kmsg.DescribeGroupsResponseGroup, c *classic) {
@@ -113,9 +146,9 @@ func (s *State) deleteGroups(in *Input, req *kmsg.DeleteGroupsRequest) {
 
 // deleteGroup yields the tombstones of an Empty group and of all its offsets.
 func (s *State) deleteGroup(g *group) {
-	for len(g.offsets) > 0 {
-		t := &g.offsets[0]
-		s.put(g.partition, appendOffsetKey(nil, g.id, t.name(), t.list[0].partition), nil)
+	for !g.offsets.empty() {
+		t := &g.offsets.head[0]
+		s.put(g.partition, appendOffsetKey(nil, g.id, t.name(), t.list.head[0].partition), nil)
 	}
 	s.deleteGroupItself(g)
 }
@@ -126,6 +159,7 @@ func (s *State) deleteGroupItself(g *group) {
 		s.cancelTimers(g.live)
 		g.live = nil
 	}
+	s.forgetDepartures(g) // first: another group of this name may get to the same generation
 	if g.meta != nil {
 		s.put(g.partition, groupKey(keyGroup, g.id), nil)
 	}

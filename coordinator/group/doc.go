@@ -18,7 +18,7 @@
 //	  ▲                         │     │     ▲                            │
 //	  │ nobody is left:         │     │     │ a member is new or has     │ the same, or the
 //	  │ + group, - round        │     │     │ changed; or one has gone:  │ leader joins again
-//	  └─────────────────────────┘     │     │ + round, without it        │
+//	  └─────────────────────────┘     │     │ + departed                 │
 //	                      all joined, │     │                            │
 //	              or time is up:      │     │                            │
 //	              + round             ▼     │                            │
@@ -27,10 +27,10 @@
 //	                                            + group
 //
 // + and - are the records of a transition and their tombstones (docs/formats.md): "group" is Kafka's GroupMetadata,
-// "round" ours, the join round that was completed last. A group is Stable if its group record has members and is as new
-// as its round, CompletingRebalance if the round is newer, else Empty. PreparingRebalance is not kept: joins are sent
-// again after a failover. Heartbeats, parked joins and syncs, member ids that were handed out and not used yet, and all
-// deadlines are soft, too.
+// "round" ours, the join round that was completed last, "departed" who has left since. A group is Stable if its group
+// record has members and is as new as its round, CompletingRebalance if the round is newer, else Empty.
+// PreparingRebalance is not kept: joins are sent again after a failover. Heartbeats, parked joins and syncs, member ids
+// that were handed out and not used yet, and all deadlines are soft, too.
 //
 // Dead, Kafka's fifth state, is a group that is not there.
 //

@@ -2,6 +2,7 @@ package group
 
 import (
 	"encoding/binary"
+	"math"
 	"slices"
 	"time"
 )
@@ -15,50 +16,83 @@ const (
 // seenGrains is how many times in a retention time it is noted durably that a group was seen.
 const seenGrains = 8
 
+// sweep is a sweep under way.
+type sweep struct {
+	groups []string // that it has not come to
+	piece  []string // those that come next, sorted, so that what happens does not hang on the order of a map
+	// Of the first group of piece: where to go on.
+	begun     bool
+	topic     string
+	partition int32
+}
+
+// next gives the group to go on with.
+func (w *sweep) next() (id string, ok bool) {
+	if len(w.piece) == 0 {
+		n := min(len(w.groups), sweepLooks)
+		w.piece, w.groups = w.groups[:n:n], w.groups[n:]
+		slices.Sort(w.piece)
+	}
+	if len(w.piece) == 0 {
+		return "", false
+	}
+	return w.piece[0], true
+}
+
+// done ends with the group that next gave.
+func (w *sweep) done() {
+	w.piece = w.piece[1:]
+	w.begun, w.topic, w.partition = false, "", 0
+}
+
 // expireOffsets is GroupCoordinatorShard.cleanupGroupMetadata: every group's expired offsets go, and Empty groups that
 // have none left (KIP-211).
 func (s *State) expireOffsets() {
-	if len(s.sweep) == 0 {
+	id, ok := s.sweep.next()
+	if !ok {
 		for id := range s.groups {
-			s.sweep = append(s.sweep, id)
+			s.sweep.groups = append(s.sweep.groups, id)
 		}
+		id, ok = s.sweep.next()
 	}
-	piece := s.sweep[:min(len(s.sweep), sweepLooks)]
-	slices.Sort(piece) // so that what happens does not hang on the order of a map
-	for looks := 0; looks < sweepLooks && len(piece) > 0 && len(s.eff.Records) < sweepRecords; looks++ {
-		g := s.groups[piece[0]]
-		piece, s.sweep = piece[1:], s.sweep[1:]
-		switch {
-		case g == nil:
-		case g.exists():
-			for i := range g.offsets {
-				looks += len(g.offsets[i].list)
+	for looks := 0; ok && looks < sweepLooks && len(s.eff.Records) < sweepRecords; id, ok = s.sweep.next() {
+		g := s.groups[id]
+		looks++
+		if g != nil && g.exists() {
+			looked, all := s.expireGroup(g, sweepLooks-looks)
+			if looks += looked; !all {
+				break
 			}
-			s.expireGroup(g)
-		default:
+		} else if g != nil {
 			s.deleteGroupItself(g) // a sighting of a group that is gone
 		}
+		s.sweep.done()
 	}
-	next := s.cfg.OffsetsRetentionCheck
-	if len(s.sweep) > 0 {
-		next = 0
-	} else {
-		s.sweep = nil
+	if _, more := s.sweep.next(); more {
+		s.timers.arm(&s.sweeper, s.now, 0)
+		return
 	}
-	s.timers.arm(&s.sweeper, s.now, next)
+	s.sweep = sweep{}
+	s.timers.arm(&s.sweeper, s.now, s.cfg.OffsetsRetentionCheck)
 }
 
-func (s *State) expireGroup(g *group) {
-	if s.noteSeen(g); len(g.offsets) > 0 && !s.expireGroupOffsets(g) {
-		return
+// expireGroup looks at up to so many offsets of the group, and says at how many it has, and whether these were all.
+func (s *State) expireGroup(g *group, looks int) (looked int, all bool) {
+	if !s.sweep.begun {
+		s.sweep.begun, s.sweep.partition = true, math.MinInt32
+		s.noteSeen(g)
+	}
+	if looked, all = s.expireGroupOffsets(g, looks); !all || !g.offsets.empty() {
+		return looked, all
 	}
 	if c := g.view(); c.state == empty && len(c.pending) == 0 {
 		s.deleteGroupItself(g)
 	}
+	return looked, true
 }
 
-// expireGroupOffsets yields the tombstones of the group's expired offsets and says whether none is left.
-func (s *State) expireGroupOffsets(g *group) (all bool) {
+// expireGroupOffsets yields the tombstones of the group's expired offsets, as far as the sweep may go now.
+func (s *State) expireGroupOffsets(g *group, looks int) (looked int, all bool) {
 	c := g.view()
 	base := int64(-1) // what the retention time counts from, if not the commit
 	switch {
@@ -67,33 +101,38 @@ func (s *State) expireGroupOffsets(g *group) (all bool) {
 		base = c.since
 	case c.typeName() == consumerType && c.subscribed != nil && c.state == stable:
 	default:
-		return false
+		return 0, true
 	}
 	now, retention := s.now.UnixMilli(), s.cfg.OffsetsRetention.Milliseconds()
 	seen := s.lastSeen(g)
+	room := sweepRecords - len(s.eff.Records)
+	var keys [][]byte
 	all = true
-	for _, t := range slices.Clone(g.offsets) {
-		name := t.name()
-		if c.subscribesTo(name) {
+	for t, p := range g.offsetsFrom(s.sweep.topic, s.sweep.partition) {
+		if looked >= looks || len(keys) >= room {
+			s.sweep.topic, s.sweep.partition = t.name(), p.partition
 			all = false
+			break
+		}
+		looked++
+		if c.subscribesTo(t.name()) {
 			continue
 		}
-		for _, p := range slices.Clone(t.list) {
-			o, ok := decodeOffset(p.value)
-			from := o.committed
-			if base != -1 {
-				from = base
-			}
-			// Unlike Kafka: what is read but seldom committed is in use too.
-			if expired := o.expires != -1 && now >= o.expires ||
-				o.expires == -1 && now-max(from, seen) >= retention; ok && expired {
-				s.put(g.partition, appendOffsetKey(nil, g.id, name, p.partition), nil)
-			} else {
-				all = false
-			}
+		o, ok := decodeOffset(p.value)
+		from := o.committed
+		if base != -1 {
+			from = base
+		}
+		// Unlike Kafka: what is read but seldom committed is in use too.
+		if expired := o.expires != -1 && now >= o.expires ||
+			o.expires == -1 && now-max(from, seen) >= retention; ok && expired {
+			keys = append(keys, appendOffsetKey(nil, g.id, t.name(), p.partition))
 		}
 	}
-	return all
+	for _, key := range keys {
+		s.put(g.partition, key, nil)
+	}
+	return looked, all
 }
 
 // lastSeen is when a client last asked for the group, as far as is known, in milliseconds. A sighting is noted durably
@@ -116,18 +155,17 @@ func (g *group) seenRecord() int64 {
 // that needs it: one that was not committed anew meanwhile.
 func (s *State) noteSeen(g *group) {
 	grain := s.seenGrain().Milliseconds()
-	if len(g.offsets) == 0 || g.seen-g.seenRecord() < grain {
+	if g.seen-g.seenRecord() < grain {
 		return
 	}
-	oldest := g.seen
-	for _, t := range g.offsets {
-		for _, p := range t.list {
-			if o, ok := decodeOffset(p.value); ok {
-				oldest = min(oldest, o.committed)
-			}
+	needed := false
+	for _, p := range g.allOffsets() {
+		if o, ok := decodeOffset(p.value); ok && g.seen-o.committed >= grain {
+			needed = true
+			break
 		}
 	}
-	if g.seen-oldest < grain {
+	if !needed {
 		return
 	}
 	value := binary.BigEndian.AppendUint16(nil, uint16(seenVersion))

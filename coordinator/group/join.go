@@ -2,7 +2,6 @@ package group
 
 import (
 	"bytes"
-	"slices"
 	"time"
 
 	"github.com/twmb/franz-go/pkg/kmsg"
@@ -76,8 +75,8 @@ func (s *State) joinGroup(in *Input, req *kmsg.JoinGroupRequest) {
 // Unlike Kafka: of a protocol that is named twice the first counts. There the member waits for ever, and its group is
 // unusable (ClassicGroup.candidateProtocols).
 func (j *joining) readProtocols() bool {
-	ok := len(j.Group) <= maxString && len(j.ProtocolType) <= maxString && len(j.client.ID) <= maxString &&
-		(j.InstanceID == nil || len(*j.InstanceID) < maxString-64)
+	ok := len(j.Group) <= maxString && len(j.ProtocolType) <= maxString && len(j.client.ID) < maxString-idRoom &&
+		(j.InstanceID == nil || len(*j.InstanceID) < maxString-idRoom)
 	seen := make(map[string]bool, len(j.Protocols))
 	for _, p := range j.Protocols {
 		ok = ok && len(p.Name) <= maxString
@@ -96,12 +95,11 @@ func (c *classic) resentBy(j *joining) *member {
 	if j.MemberID != "" || j.client.Ordinal == 0 {
 		return nil
 	}
-	for _, m := range c.members {
-		if m.origin == j.origin() {
-			return m
-		}
+	id, ok := c.origins[j.origin()]
+	if !ok {
+		return nil
 	}
-	return nil
+	return c.byID[id]
 }
 
 // accepts says whether the group has room for the member (acceptJoiningMember).
@@ -138,18 +136,13 @@ func (s *State) joinNew(g *group, j *joining) {
 		return
 	}
 	// KIP-394: the member is told its id first, so that a client that gives up leaves no member behind.
-	for _, p := range c.pending {
-		if j.client.Ordinal != 0 && p.origin == j.origin() {
-			s.answerJoin(j.call, joinError(j.Version, p.id, errMemberIDRequired))
-			return
-		}
+	if p := c.pending[c.origins[j.origin()]]; p != nil {
+		s.answerJoin(j.call, joinError(j.Version, p.id, errMemberIDRequired))
+		return
 	}
 	p := &pendingMember{id: j.client.ID + "-" + j.newID, origin: j.origin()}
 	p.timer = timer{kind: pendingTimer, g: g, p: p}
-	if c.pending == nil {
-		c.pending = map[string]*pendingMember{}
-	}
-	c.pending[p.id] = p
+	s.pend(c, p)
 	s.timers.arm(&p.timer, s.now, j.session)
 	s.answerJoin(j.call, joinError(j.Version, p.id, errMemberIDRequired))
 }
@@ -201,17 +194,19 @@ func (s *State) joinAgain(g *group, m *member, j *joining) {
 func (s *State) updateMember(g *group, m *member, j *joining) {
 	c := g.live
 	changed := &member{id: m.id, instance: m.instance, clientID: m.clientID, clientHost: m.clientHost, protocols: j.protocols}
-	if c.size-m.size()+changed.size() > maxRound {
+	if !c.fits(changed, m) {
 		s.answerJoin(j.call, joinError(j.Version, j.MemberID, errServer))
 		return
 	}
 	// Unlike Kafka: if a join of the member is parked already it is answered too; there it never is
 	// (ClassicGroup.updateMember replaces the future).
 	s.releaseJoin(c, m, joinError(m.join.version, m.id, errRebalance))
-	c.update(m, j.protocols, j.rebalance, j.session, j.call)
 	if j.MemberID == "" {
+		c.count(m, -1)
 		m.origin = j.origin()
+		c.count(m, 1)
 	}
+	c.update(m, j.protocols, j.rebalance, j.session, j.call)
 	s.rebalanceOrComplete(g)
 }
 
@@ -226,7 +221,7 @@ func (s *State) addMember(g *group, id string, j *joining) {
 	if j.MemberID == "" {
 		m.origin = j.origin()
 	}
-	if len(id) > maxString || c.size+m.size() > maxRound {
+	if len(id) > maxString || !c.fits(m, nil) {
 		s.answerJoin(j.call, joinError(j.Version, j.MemberID, errServer))
 		return
 	}
@@ -246,8 +241,17 @@ func (s *State) addMember(g *group, id string, j *joining) {
 	s.rebalanceOrComplete(g)
 }
 
-// maxRound bounds what a group's members take in the record of a join round, leaving room for its other fields.
-const maxRound = MaxRecord - 4*maxString
+const (
+	// maxRound bounds what a group's members take in the record of a join round with the protocol chosen, leaving room
+	// for its other fields.
+	maxRound = MaxRecord - 4*maxString
+	// maxProtocols bounds what they take with all their protocols.
+	maxProtocols = 8 * MaxRecord
+	// maxPending bounds the member ids of a group that are handed out and not used yet.
+	maxPending = 10_000
+	// idRoom is what is left of a member id for what the coordinator makes up.
+	idRoom = 64
+)
 
 // joined is the answer to a join in the current generation.
 func (s *State) joined(c *classic, m *member, version int16) *kmsg.JoinGroupResponse {
@@ -304,7 +308,12 @@ func (s *State) removeMember(c *classic, m *member) {
 	s.releaseSync(m, syncError(m.sync.version, errUnknownMember))
 	s.timers.cancel(&m.session)
 	c.remove(m)
-	if g := m.session.g; !m.isNew && !slices.Contains(s.departed, g) {
-		s.departed = append(s.departed, g)
+	if m.seat == 0 {
+		return
+	}
+	c.departed = c.departed.with(m.seat - 1)
+	if !c.noting {
+		c.noting = true
+		s.departed = append(s.departed, m.session.g)
 	}
 }

@@ -176,10 +176,7 @@ func (s *simulation) note(e Effects) {
 		case k.kind == keyGroup && r.Value == nil:
 			s.deleted[id]++
 		case k.kind == keyRound && r.Value != nil:
-			c, departed, _ := decodeRound(r.Value)
-			if departed {
-				continue
-			}
+			c, _ := decodeRound(r.Value)
 			at := fmt.Sprintf("%s %d generation %d", id, s.deleted[id], c.generation)
 			was := s.rounds[at]
 			if now := durable(c); was == "" {

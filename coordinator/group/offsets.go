@@ -1,10 +1,6 @@
 package group
 
-import (
-	"math"
-
-	"github.com/twmb/franz-go/pkg/kmsg"
-)
+import "github.com/twmb/franz-go/pkg/kmsg"
 
 // maxTopic is the longest name a topic can have.
 const maxTopic = 249
@@ -49,16 +45,31 @@ func (in *Input) topicByID(g *group, id [16]byte) (t topicOf) {
 		return t
 	}
 	if in.AcceptUnknownTopics && g != nil {
-		for _, t := range g.offsets {
-			for _, p := range t.list {
-				if c, ok := decodeOffset(p.value); ok && c.topicID == id {
-					return topicOf{name: t.name(), id: id, partitions: -1}
-				}
-			}
+		if name, known := in.remember(g)[id]; known {
+			return topicOf{name: name, id: id, partitions: -1}
 		}
 	}
 	t.code = errUnknownTopicID
 	return t
+}
+
+// remember gives the names of the topic ids of a group's offsets, put together once for each request.
+func (in *Input) remember(g *group) map[[16]byte]string {
+	names, ok := in.remembered[g]
+	if ok {
+		return names
+	}
+	names = map[[16]byte]string{}
+	for t, p := range g.allOffsets() {
+		if c, ok := decodeOffset(p.value); ok && names[c.topicID] == "" {
+			names[c.topicID] = t.name()
+		}
+	}
+	if in.remembered == nil {
+		in.remembered = map[*group]map[[16]byte]string{}
+	}
+	in.remembered[g] = names
+	return names
 }
 
 func (t *topicOf) has(partition int32) bool {
@@ -236,157 +247,6 @@ func mergeCommitted(topics []kmsg.OffsetCommitResponseTopic, of []topicOf, refus
 		merged = append(merged, t)
 	}
 	return merged
-}
-
-// fetchOffsets is KafkaApis.handleOffsetFetchRequest and OffsetMetadataManager.fetchOffsets. What is not there has the
-// offset -1 and no error.
-func (s *State) fetchOffsets(in *Input, req *kmsg.OffsetFetchRequest) {
-	resp := req.ResponseKind().(*kmsg.OffsetFetchResponse)
-	if req.Version >= 8 {
-		resp.Groups = make([]kmsg.OffsetFetchResponseGroup, len(req.Groups))
-		for i := range req.Groups {
-			g := &req.Groups[i]
-			resp.Groups[i] = kmsg.OffsetFetchResponseGroup{Group: g.Group, Topics: s.fetchGroup(in, req.Version, g)}
-		}
-		s.reply(in.Call, resp)
-		return
-	}
-	one := kmsg.OffsetFetchRequestGroup{Group: req.Group}
-	if req.Topics != nil {
-		one.Topics = make([]kmsg.OffsetFetchRequestGroupTopic, len(req.Topics))
-		for i, t := range req.Topics {
-			one.Topics[i] = kmsg.OffsetFetchRequestGroupTopic{Topic: t.Topic, Partitions: t.Partitions}
-		}
-	}
-	topics := s.fetchGroup(in, req.Version, &one)
-	resp.Topics = make([]kmsg.OffsetFetchResponseTopic, len(topics))
-	for i, t := range topics {
-		resp.Topics[i].Topic = t.Topic
-		resp.Topics[i].Partitions = make([]kmsg.OffsetFetchResponseTopicPartition, len(t.Partitions))
-		for j, p := range t.Partitions {
-			resp.Topics[i].Partitions[j] = kmsg.OffsetFetchResponseTopicPartition{
-				Partition: p.Partition, Offset: p.Offset, LeaderEpoch: p.LeaderEpoch, Metadata: p.Metadata, ErrorCode: p.ErrorCode,
-			}
-		}
-	}
-	s.reply(in.Call, resp)
-}
-
-func (s *State) fetchGroup(in *Input, version int16, req *kmsg.OffsetFetchRequestGroup) []kmsg.OffsetFetchResponseGroupTopic {
-	if req.Topics == nil && version >= 2 {
-		return s.fetchAll(in, version, s.find(req.Group))
-	}
-	g := s.seen(req.Group)
-	topics := make([]kmsg.OffsetFetchResponseGroupTopic, len(req.Topics))
-	for i := range req.Topics {
-		t := &req.Topics[i]
-		found := topicOf{name: t.Topic}
-		if version >= 10 {
-			found = in.topicByID(g, t.TopicID)
-		}
-		var offsets *topicOffsets
-		if g != nil && found.code == 0 {
-			offsets = g.topic(found.name)
-		}
-		current := [16]byte{}
-		if offsets != nil {
-			current, _, _ = in.Topics.Topic(found.name)
-		}
-		topics[i] = kmsg.OffsetFetchResponseGroupTopic{Topic: t.Topic, TopicID: t.TopicID}
-		topics[i].Partitions = make([]kmsg.OffsetFetchResponseGroupTopicPartition, len(t.Partitions))
-		for j, n := range t.Partitions {
-			p := &topics[i].Partitions[j]
-			p.Partition, p.ErrorCode = n, found.code
-			var value []byte
-			if offsets != nil {
-				if at, ok := offsets.find(n); ok {
-					value = offsets.list[at].value
-				}
-			}
-			fillFetched(p, value, found.id, current)
-		}
-	}
-	return topics
-}
-
-// fetchAll gives all offsets of a group; in v10, of topics whose id is known.
-func (s *State) fetchAll(in *Input, version int16, g *group) []kmsg.OffsetFetchResponseGroupTopic {
-	topics := []kmsg.OffsetFetchResponseGroupTopic{}
-	if g == nil {
-		return topics
-	}
-	for i := range g.offsets {
-		offsets := &g.offsets[i]
-		name := offsets.name()
-		t := kmsg.OffsetFetchResponseGroupTopic{Topic: name}
-		current, _, _ := in.Topics.Topic(name)
-		t.TopicID = current
-		if current == [16]byte{} && in.AcceptUnknownTopics {
-			t.TopicID = offsets.storedID()
-		}
-		if version >= 10 {
-			if t.Topic = ""; t.TopicID == [16]byte{} {
-				continue
-			}
-		}
-		for _, o := range offsets.list {
-			p := kmsg.OffsetFetchResponseGroupTopicPartition{Partition: o.partition}
-			if fillFetched(&p, o.value, [16]byte{}, current) {
-				t.Partitions = append(t.Partitions, p)
-			}
-		}
-		if len(t.Partitions) > 0 {
-			topics = append(topics, t)
-		}
-	}
-	return topics
-}
-
-// storedID is the topic id of the commit made last, zero if none was known then.
-func (t *topicOffsets) storedID() (id [16]byte) {
-	newest := int64(math.MinInt64)
-	for _, o := range t.list {
-		if c, ok := decodeOffset(o.value); ok && c.topicID != [16]byte{} && c.committed > newest {
-			id, newest = c.topicID, c.committed
-		}
-	}
-	return id
-}
-
-// noMetadata is what a commit without metadata, and a partition without a commit, shows.
-var noMetadata string
-
-// fillFetched fills in a stored offset, unless it is another topic's: asked by id, one that was committed to another id
-// (isMismatchedTopicId); and whatever it was asked by, one committed while the upstream was known to give the topic
-// another id than now, so that a topic made anew does not begin in its middle. (Kafka tombstones the offsets of a
-// deleted topic; nobody tells us.) It reports whether there is an offset to show.
-func fillFetched(p *kmsg.OffsetFetchResponseGroupTopicPartition, value []byte, asked, current [16]byte) bool {
-	p.Offset, p.LeaderEpoch, p.Metadata = -1, -1, &noMetadata
-	if value == nil {
-		return false
-	}
-	c, ok := decodeOffset(value)
-	if !ok || c.hidden(asked, current) {
-		return false
-	}
-	p.Offset, p.LeaderEpoch = c.offset, c.leaderEpoch
-	if len(c.metadata) > 0 {
-		m := string(c.metadata)
-		p.Metadata = &m
-	}
-	return true
-}
-
-func (c *committedOffset) hidden(asked, current [16]byte) bool {
-	none := [16]byte{}
-	switch {
-	case c.topicID == none:
-		return false
-	case asked != none && asked != c.topicID:
-		return true
-	default:
-		return current != none && current != c.topicID && c.confirmed >= c.committed
-	}
 }
 
 // deleteOffsets is KafkaApis.handleOffsetDeleteRequest and OffsetMetadataManager.deleteOffsets: here the group comes

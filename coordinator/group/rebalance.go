@@ -1,5 +1,13 @@
 package group
 
+import "time"
+
+// minJoinPhase is how long a join phase that nobody has joined goes on at least.
+//
+// Unlike Kafka: there a group of static members whose rebalance timeout is 0 completes its join phase again and again,
+// as fast as its timer can, until their sessions have ended.
+const minJoinPhase = time.Second
+
 // resetSession gives a member its session timeout from now.
 func (s *State) resetSession(m *member) { s.timers.arm(&m.session, s.now, m.sessionTimeout) }
 
@@ -78,11 +86,12 @@ func (s *State) completeJoin(g *group) {
 	if !c.elect() && len(c.members) > 0 {
 		// Nobody has joined. Their session timeouts will tell who is gone.
 		c.initial = false
-		s.timers.arm(&c.joinPhase, s.now, c.rebalanceTimeout())
+		s.timers.arm(&c.joinPhase, s.now, max(c.rebalanceTimeout(), minJoinPhase))
 		return
 	}
 	c.generation++
 	c.initial, c.newMember = false, false
+	c.departed = nil
 	for _, m := range c.members {
 		m.awaitsSync = false
 	}
@@ -94,6 +103,7 @@ func (s *State) completeJoin(g *group) {
 		if g.round != nil {
 			s.put(PrivatePartition, groupKey(keyRound, g.id), nil)
 		}
+		s.forgetDepartures(g)
 		return
 	}
 	chosen := c.choose()
@@ -103,6 +113,7 @@ func (s *State) completeJoin(g *group) {
 	// Unlike Kafka: the round is replicated before it is told, so that after a failover it goes on, and no generation is
 	// ever given out twice.
 	s.putRound(g)
+	s.forgetDepartures(g)
 	for _, m := range c.members {
 		s.releaseJoin(c, m, s.joined(c, m, m.join.version))
 		s.resetSession(m)
@@ -117,20 +128,26 @@ func (s *State) completeJoin(g *group) {
 // Unlike Kafka: there a member that has left is back after a failover, until its session times out.
 func (s *State) noteDepartures() {
 	for _, g := range s.departed {
-		if g.live != nil && g.live.state == preparingRebalance {
-			s.putRound(g)
+		if c := g.live; c != nil {
+			c.noting = false
+			if c.state == preparingRebalance {
+				s.put(PrivatePartition, groupKey(keyDeparted, g.id), encodeDeparted(c))
+			}
 		}
 	}
 	s.departed = s.departed[:0]
 }
 
-func (s *State) putRound(g *group) {
-	key := groupKey(keyRound, g.id)
-	value := encodeRound(g.live, false)
-	if len(key)+len(value) > MaxRecord {
-		value = encodeRound(g.live, true)
+// forgetDepartures follows the record of the next generation, with which they mean nothing any more.
+func (s *State) forgetDepartures(g *group) {
+	if g.departed != nil {
+		s.put(PrivatePartition, groupKey(keyDeparted, g.id), nil)
 	}
-	s.put(PrivatePartition, key, value)
+}
+
+func (s *State) putRound(g *group) {
+	g.live.seated()
+	s.put(PrivatePartition, groupKey(keyRound, g.id), encodeRound(g.live))
 }
 
 // expireSyncPhase removes those who have not synced in this generation (expirePendingSync).

@@ -3,7 +3,6 @@ package group
 import (
 	"encoding/binary"
 	"math"
-	"slices"
 
 	"github.com/twmb/franz-go/pkg/kmsg"
 )
@@ -11,20 +10,22 @@ import (
 // Key types of the records. Those below 1000 are Kafka's own, of __consumer_offsets; the others are ours and live in
 // PrivatePartition. docs/formats.md has every layout.
 const (
-	keyOffset  int16 = 1
-	keyGroup   int16 = 2
-	keySession int16 = 1001
-	keyRound   int16 = 1002
-	keySeen    int16 = 1003
+	keyOffset   int16 = 1
+	keyGroup    int16 = 2
+	keySession  int16 = 1001
+	keyRound    int16 = 1002
+	keySeen     int16 = 1003
+	keyDeparted int16 = 1004
 )
 
 // Versions of the values that are written.
 const (
-	offsetVersion  int16 = 4
-	groupVersion   int16 = 3
-	sessionVersion int16 = 1
-	roundVersion   int16 = 1
-	seenVersion    int16 = 1
+	offsetVersion   int16 = 4
+	groupVersion    int16 = 3
+	sessionVersion  int16 = 1
+	roundVersion    int16 = 1
+	seenVersion     int16 = 1
+	departedVersion int16 = 1
 )
 
 // Tags of an OffsetCommitValue. 0 is Kafka's; ours are far above what Kafka is likely to hand out, and a reader that
@@ -34,9 +35,6 @@ const (
 	tagConfirmed = 10001
 	tagExpires   = 10002
 )
-
-// roundDeparted is the flag of a round that some members have left since.
-const roundDeparted = 1
 
 // maxString is the longest string a non-flexible Kafka field can hold.
 const maxString = math.MaxInt16
@@ -93,7 +91,7 @@ func parseKey(key []byte) (k recordKey, ok bool) {
 	switch k.kind {
 	case keyOffset:
 		k.group, k.topic, k.partition = r.short(), r.short(), r.int32()
-	case keyGroup, keyRound, keySeen:
+	case keyGroup, keyRound, keySeen, keyDeparted:
 		k.group = r.short()
 	case keySession:
 		copy(k.session[:], r.take(len(k.session)))
@@ -272,27 +270,20 @@ func encodeEmptyGroup(since int64) []byte {
 
 // encodeRound gives the record of a completed join round. With all protocols of each member, so that a member that
 // joins again after a failover is compared with what it said before; with the chosen one alone if that is too much.
-// While the group is in the next join phase it is the record of those who are left of the round.
-func encodeRound(c *classic, chosenOnly bool) []byte {
-	dst := binary.BigEndian.AppendUint16(nil, uint16(roundVersion))
-	dst = binary.BigEndian.AppendUint32(dst, uint32(c.generation))
-	members, leader, flags := c.members, c.leader, byte(0)
-	if c.state == preparingRebalance {
-		flags = roundDeparted
-		members = slices.DeleteFunc(slices.Clone(members), func(m *member) bool { return m.isNew })
-		if !slices.ContainsFunc(members, func(m *member) bool { return m.id == leader }) {
-			if leader = ""; len(members) > 0 {
-				leader = members[0].id
-			}
-		}
+func encodeRound(c *classic) []byte {
+	chosenOnly := c.size.all > maxRound
+	size := c.size.all
+	if chosenOnly {
+		size = c.size.largest
 	}
-	dst = append(dst, flags)
+	dst := binary.BigEndian.AppendUint16(make([]byte, 0, size+128), uint16(roundVersion))
+	dst = binary.BigEndian.AppendUint32(dst, uint32(c.generation))
 	dst = appendNullable(dst, c.protocolType)
 	dst = appendNullable(dst, c.protocol)
-	dst = appendString(dst, leader)
+	dst = appendString(dst, c.leader)
 	dst = binary.BigEndian.AppendUint64(dst, uint64(c.since))
-	dst = binary.BigEndian.AppendUint32(dst, uint32(len(members)))
-	for _, m := range members {
+	dst = binary.BigEndian.AppendUint32(dst, uint32(len(c.members)))
+	for _, m := range c.members {
 		dst = appendString(dst, m.id)
 		dst = appendNullable(dst, m.instance)
 		dst = appendString(dst, m.clientID)
@@ -314,19 +305,15 @@ func encodeRound(c *classic, chosenOnly bool) []byte {
 	return dst
 }
 
-// decodeRound gives the group as the join round left it: in CompletingRebalance, everybody's sync awaited. departed
-// says that some of its members have gone since, which its next rebalance is for.
-func decodeRound(value []byte) (c *classic, departed, ok bool) {
+// decodeRound gives the group as the join round left it: in CompletingRebalance, everybody's sync awaited.
+func decodeRound(value []byte) (c *classic, ok bool) {
 	r := reader{b: value}
 	if r.int16() != roundVersion {
-		return nil, false, false
+		return nil, false
 	}
 	c = newClassic()
 	c.state = completingRebalance
 	c.generation = r.int32()
-	if flags := r.take(1); flags != nil {
-		departed = flags[0]&roundDeparted != 0
-	}
 	c.protocolType, c.protocol = r.nullable(), r.nullable()
 	leader := r.string()
 	c.since = r.int64()
@@ -344,7 +331,34 @@ func decodeRound(value []byte) (c *classic, departed, ok bool) {
 		}
 	}
 	c.leader = leader
-	return c, departed, !r.bad
+	return c, !r.bad
+}
+
+// encodeDeparted gives the record of those who have left a generation.
+func encodeDeparted(c *classic) []byte {
+	dst := binary.BigEndian.AppendUint16(make([]byte, 0, 10+len(c.departed)), uint16(departedVersion))
+	dst = binary.BigEndian.AppendUint32(dst, uint32(c.generation))
+	return appendBytes(dst, c.departed)
+}
+
+func decodeDeparted(value []byte) (generation int32, departed bitmap, ok bool) {
+	r := reader{b: value}
+	version := r.int16()
+	generation, departed = r.int32(), r.bytes()
+	return generation, departed, !r.bad && version == departedVersion
+}
+
+// bitmap is a set of small numbers; the lowest bit of the first byte is 0.
+type bitmap []byte
+
+func (b bitmap) has(n int) bool { return n/8 < len(b) && b[n/8]>>(n%8)&1 == 1 }
+
+func (b bitmap) with(n int) bitmap {
+	for len(b) <= n/8 {
+		b = append(b, 0)
+	}
+	b[n/8] |= 1 << (n % 8)
+	return b
 }
 
 // decodeGroup gives the group as Kafka's coordinator loads it from a GroupMetadataValue.

@@ -24,15 +24,16 @@ func TestRecordsKeepTheirBytes(t *testing.T) {
 		{"group key", groupKey(keyGroup, "g"), "0002 000167"},
 		{"session key", appendSessionKey(nil, Session{1, 15: 2}), "03e9 01000000000000000000000000000002"},
 		{"round key", groupKey(keyRound, "g"), "03ea 000167"},
+		{"departed key", groupKey(keyDeparted, "g"), "03ec 000167"},
 		{"sighting key", groupKey(keySeen, "g"), "03eb 000167"},
 		{"offset", c.encode(), "0004 0000000000000005 00000002 03c3a9 0000000000000003 03 0010 01000000000000000000000000000002 914e08 0000000000000004 924e08 0000000000000006"},
 		{"bare offset", none.encode(), "0004 ffffffffffffffff ffffffff 01 0000000000000003 00"},
 		{"new group", encodeEmptyGroup(9), "0003 0000 00000000 ffff ffff 0000000000000009 00000000"},
 		{"session", sessionState{highest: 3, done: 5, term: 7, seq: 9}.encode(), "0001 0000000000000003 0000000000000005 0000000000000007 0000000000000009"},
 		{"group", encodeGroup(sampleGroup(stable)), "0003 0008636f6e73756d6572 00000004 000572616e6765 00026d31 0000000000000009 00000001 00026d31 00026931 0001 63 0002 2f68 00000bb8 00000fa0 00000001 41 00000001 58"},
-		{"round", encodeRound(sampleGroup(completingRebalance), false), "0001 00000004 00 0008636f6e73756d6572 000572616e6765 00026d31 0000000000000009 00000001 00026d31 00026931 000163 00022f68 00000bb8 00000fa0 01000000000000000000000000000000 0000000000000008 00000002 000572616e6765 0000000141 0006737469636b79 00000000"},
-		{"round, chosen protocol only", encodeRound(sampleGroup(completingRebalance), true), "0001 00000004 00 0008636f6e73756d6572 000572616e6765 00026d31 0000000000000009 00000001 00026d31 00026931 000163 00022f68 00000bb8 00000fa0 01000000000000000000000000000000 0000000000000008 00000001 000572616e6765 0000000141"},
-		{"round, all departed", encodeRound(newComers(), false), "0001 00000004 01 0008636f6e73756d6572 000572616e6765 0000 0000000000000009 00000000"},
+		{"round", encodeRound(sampleGroup(completingRebalance)), "0001 00000004 0008636f6e73756d6572 000572616e6765 00026d31 0000000000000009 00000001 00026d31 00026931 000163 00022f68 00000bb8 00000fa0 01000000000000000000000000000000 0000000000000008 00000002 000572616e6765 0000000141 0006737469636b79 00000000"},
+		{"round, chosen protocol only", encodeRound(wordyGroup()), "0001 00000004 0008636f6e73756d6572 000572616e6765 00026d31 0000000000000009 00000001 00026d31 00026931 000163 00022f68 00000bb8 00000fa0 01000000000000000000000000000000 0000000000000008 00000001 000572616e6765 0000000141"},
+		{"departed", encodeDeparted(&classic{generation: 4, departed: bitmap{}.with(0).with(9)}), "0001 00000004 00000002 0102"},
 	} {
 		if want := strings.ReplaceAll(f.want, " ", ""); hex.EncodeToString(f.got) != want {
 			t.Errorf("%s is\n%x, not\n%s", f.name, f.got, want)
@@ -51,9 +52,11 @@ func sampleGroup(state classicState) *classic {
 	return c
 }
 
-func newComers() *classic {
-	c := sampleGroup(preparingRebalance)
-	c.members[0].isNew = true
+// wordyGroup has protocols that take more than a record may hold.
+func wordyGroup() *classic {
+	c := sampleGroup(completingRebalance)
+	m := c.members[0]
+	c.update(m, append(m.protocols, protocol{"wordy", make([]byte, maxRound)}), m.rebalanceTimeout, m.sessionTimeout, parked{})
 	return c
 }
 
@@ -90,8 +93,8 @@ func FuzzRecords(f *testing.F) {
 	f.Add(appendOffsetKey(nil, "g", "orders", 0), c.encode())
 	f.Add(appendOffsetKey(nil, "g", "orders", -1), []byte{})
 	f.Add(groupKey(keyGroup, "g"), encodeGroup(sampleGroup(stable)))
-	f.Add(groupKey(keyRound, "g"), encodeRound(sampleGroup(completingRebalance), false))
-	f.Add(groupKey(keyRound, "g"), encodeRound(newComers(), false))
+	f.Add(groupKey(keyRound, "g"), encodeRound(sampleGroup(completingRebalance)))
+	f.Add(groupKey(keyDeparted, "g"), encodeDeparted(&classic{generation: 4, departed: bitmap{1}}))
 	f.Add(groupKey(keySeen, "g"), []byte{0, 9})
 	f.Add(appendSessionKey(nil, Session{1}), sessionState{highest: 3, done: 5}.encode())
 	f.Add([]byte{0, 3, 0, 1, 'g'}, []byte{0, 0, 0, 0, 0, 1}) // KIP-848's group epoch: not known yet

@@ -30,7 +30,7 @@ func (s *scripted) showRecord(r Record) string {
 	if !ok {
 		return fmt.Sprintf("unknown %x", r.Key)
 	}
-	name := map[int16]string{keyOffset: "offset", keyGroup: "group", keyRound: "round", keySession: "session", keySeen: "seen"}[k.kind]
+	name := map[int16]string{keyOffset: "offset", keyGroup: "group", keyRound: "round", keySession: "session", keySeen: "seen", keyDeparted: "departed"}[k.kind]
 	switch k.kind {
 	case keySession:
 		name += " " + strings.TrimRight(string(k.session[:]), "\x00")
@@ -49,11 +49,17 @@ func (s *scripted) showRecord(r Record) string {
 		c, _ := decodeGroup(r.Value)
 		return name + " " + showGroup(c)
 	case keyRound:
-		c, departed, _ := decodeRound(r.Value)
-		if departed {
-			name += " departed"
-		}
+		c, _ := decodeRound(r.Value)
 		return name + " " + showGroup(c)
+	case keyDeparted:
+		generation, departed, _ := decodeDeparted(r.Value)
+		name += fmt.Sprintf(" generation=%d seats", generation)
+		for i := range 8 * len(departed) {
+			if departed.has(i) {
+				name += fmt.Sprintf(" %d", i)
+			}
+		}
+		return name
 	case keySession:
 		v := decodeSession(r.Value)
 		return fmt.Sprintf("%s highest %d done %b stamp %d.%d", name, v.highest, v.done, v.term, v.seq)
@@ -271,10 +277,8 @@ func (s *scripted) dump(out *strings.Builder) {
 			}
 		}
 		out.WriteString("\n")
-		for _, t := range g.offsets {
-			for _, p := range t.list {
-				fmt.Fprintf(out, "  %s/%d %s\n", t.name(), p.partition, s.showOffset(p.value))
-			}
+		for t, p := range g.allOffsets() {
+			fmt.Fprintf(out, "  %s/%d %s\n", t.name(), p.partition, s.showOffset(p.value))
 		}
 	}
 	for _, id := range slices.SortedFunc(maps.Keys(s.state.sessions.byID), func(a, b Session) int { return slices.Compare(a[:], b[:]) }) {

@@ -40,12 +40,12 @@ type State struct {
 	seq     uint64 // of the session records of this term
 	timers  timers
 	sweeper timer
-	sweep   []string // groups that the sweep under way has not come to
+	sweep   sweep
 
 	// Of the Step or Tick that is running.
 	now      time.Time
 	eff      Effects
-	departed []*group // that have lost members of their generation
+	departed []*group // that have lost members of their generation, each once
 }
 
 // NewState gives a State without groups, inactive.
@@ -99,7 +99,7 @@ func (s *State) Deactivate() {
 	s.active, s.term, s.seq = false, 0, 0
 	s.timers = timers{}
 	s.sweeper = timer{kind: sweepTimer}
-	s.sweep = nil
+	s.sweep = sweep{}
 	for _, g := range s.groups {
 		g.live, g.seen = nil, 0
 		s.dropIfGone(g)
@@ -108,27 +108,28 @@ func (s *State) Deactivate() {
 
 // derive builds the state machine of a group from its records and arms its timers.
 func (s *State) derive(g *group) {
-	c, ok, departed := (*classic)(nil), false, false
+	c, ok := (*classic)(nil), false
 	if g.meta != nil {
 		c, ok = decodeGroup(g.meta)
 	}
 	if g.round != nil {
-		if r, left, readable := decodeRound(g.round); readable {
+		if r, readable := decodeRound(g.round); readable {
 			switch {
 			case !ok || r.generation > c.generation:
 				if ok {
 					r.showAssignments(c)
 				}
-				c, ok, departed = r, true, left
+				c, ok = r, true
 			case r.generation == c.generation && c.state == stable:
-				c.enrich(r, left)
-				departed = left
+				c.enrich(r)
 			}
 		}
 	}
 	if !ok {
 		c = newClassic()
 	}
+	c.seated()
+	c.dismiss(g.departed)
 	c.subscribed = c.subscribedTopics()
 	s.adopt(g, c)
 	for _, m := range c.members {
@@ -137,8 +138,22 @@ func (s *State) derive(g *group) {
 	if c.state == completingRebalance {
 		s.timers.arm(&c.syncPhase, s.now, c.rebalanceTimeout())
 	}
-	if departed {
-		s.prepareRebalance(g)
+	if c.departed != nil {
+		s.prepareRebalance(g) // the rebalance that this was for
+	}
+}
+
+// dismiss takes those out who have left the generation since its records were written.
+func (c *classic) dismiss(record []byte) {
+	generation, departed, ok := decodeDeparted(record)
+	if !ok || generation != c.generation || c.state == empty {
+		return
+	}
+	for _, m := range slices.Clone(c.members) {
+		if departed.has(m.seat - 1) {
+			c.remove(m)
+			c.departed = c.departed.with(m.seat - 1)
+		}
 	}
 }
 

@@ -10,11 +10,11 @@ func (s *State) replaceStatic(g *group, old *member, j *joining) {
 	m := &member{
 		id: id, instance: old.instance, clientID: old.clientID, clientHost: old.clientHost,
 		rebalanceTimeout: old.rebalanceTimeout, sessionTimeout: old.sessionTimeout,
-		protocols: old.protocols, assignment: old.assignment, origin: j.origin(), awaitsSync: old.awaitsSync,
+		protocols: old.protocols, assignment: old.assignment, origin: j.origin(), awaitsSync: old.awaitsSync, seat: old.seat,
 	}
 	changed := &member{id: id, instance: m.instance, clientID: m.clientID, clientHost: m.clientHost, protocols: j.protocols}
-	grown := changed.size() - old.size()
-	if c.size+grown > maxRound || len(g.meta)+grown+2*len(id) > MaxRecord {
+	grown := changed.size().largest - old.size().largest
+	if !c.fits(changed, old) || len(g.meta)+grown+2*len(id) > MaxRecord {
 		s.answerJoin(j.call, joinError(j.Version, "", errServer))
 		return
 	}

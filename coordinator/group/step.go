@@ -37,10 +37,12 @@ func (s *State) Step(now time.Time, in Input) Effects {
 	return s.finish()
 }
 
-// Tick does what time has come for. A Tick before Deadline does nothing.
+// Tick does what time has come for. A Tick before Deadline does nothing. What it arms for now is for the next one:
+// requests come first, and no timer can keep a Tick from ending.
 func (s *State) Tick(now time.Time) Effects {
 	s.begin(now)
-	for t := s.timers.due(now); t != nil; t = s.timers.due(now) {
+	last := s.timers.order
+	for t := s.timers.due(now, last); t != nil; t = s.timers.due(now, last) {
 		switch t.kind {
 		case sessionTimer:
 			s.expireMember(t.g, t.m)
@@ -52,9 +54,6 @@ func (s *State) Tick(now time.Time) Effects {
 			s.expireSyncPhase(t.g)
 		case sweepTimer:
 			s.expireOffsets()
-			if len(s.sweep) > 0 {
-				return s.finish() // inputs come first; the rest of the sweep is due at once
-			}
 		}
 	}
 	return s.finish()

@@ -70,7 +70,9 @@ func (s *State) assign(g *group, assignments []kmsg.SyncGroupRequestGroupAssignm
 	if len(key)+len(value) > MaxRecord {
 		for _, m := range c.members {
 			m.assignment = nil
-			s.releaseSync(m, syncError(m.sync.version, errServer))
+			if s.releaseSync(m, syncError(m.sync.version, errServer)) {
+				s.resetSession(m)
+			}
 		}
 		s.prepareRebalance(g)
 		return

@@ -38,7 +38,7 @@ type timers struct {
 
 func (t *timers) arm(x *timer, now time.Time, d time.Duration) {
 	t.order++
-	x.at, x.full, x.order = now.Add(d), d, t.order
+	x.at, x.full, x.order = now.Add(max(0, d)), d, t.order
 	switch {
 	case !x.queued:
 		x.key = x.at
@@ -68,10 +68,10 @@ func (t *timers) next() *timer {
 	return nil
 }
 
-// due takes the next timer out if its time has come.
-func (t *timers) due(now time.Time) *timer {
+// due takes the next timer out if its time has come, and it was armed no later than the one with the order last.
+func (t *timers) due(now time.Time, last uint64) *timer {
 	x := t.next()
-	if x == nil || x.at.After(now) {
+	if x == nil || x.at.After(now) || x.order > last {
 		return nil
 	}
 	heap.Pop(t)

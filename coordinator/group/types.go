@@ -48,6 +48,8 @@ type Input struct {
 	Topics  Topics
 	// AcceptUnknownTopics is set while the upstream cannot be asked: what cannot be verified is accepted.
 	AcceptUnknownTopics bool
+
+	remembered map[*group]map[[16]byte]string // names by topic id, of the groups' own offsets
 }
 
 // Reply answers the request named Call, now or long after its Step.

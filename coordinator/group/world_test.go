@@ -276,21 +276,17 @@ func hardState(s *State) string {
 	var b strings.Builder
 	for _, id := range s.sortedGroups() {
 		g := s.groups[id]
-		if g.meta == nil && g.round == nil && g.seenValue == nil && len(g.offsets) == 0 {
+		if g.meta == nil && g.round == nil && g.seenValue == nil && g.departed == nil && g.offsets.empty() {
 			continue // only a live state machine
 		}
-		fmt.Fprintf(&b, "group %q of %d meta %x round %x seen %x\n", id, g.partition, g.meta, g.round, g.seenValue)
-		if !slices.IsSortedFunc(g.offsets, func(a, b topicOffsets) int { return cmp.Compare(a.name(), b.name()) }) {
-			b.WriteString("  BROKEN topics\n")
+		fmt.Fprintf(&b, "group %q of %d meta %x round %x seen %x departed %x\n", id, g.partition, g.meta, g.round, g.seenValue, g.departed)
+		if !g.offsets.empty() {
+			b.WriteString(broken(&g.offsets, func(t *topicOffsets) string { return t.name() }))
 		}
-		for _, t := range g.offsets {
-			for _, p := range t.list {
+		for t := range g.offsets.all() {
+			b.WriteString(broken(&t.list, func(p *partitionOffset) int32 { return p.partition }))
+			for p := range t.list.all() {
 				fmt.Fprintf(&b, "  %s/%d %x\n", t.name(), p.partition, p.value)
-			}
-			if list := t.list; len(list) == 0 || !slices.IsSortedFunc(list, func(a, b partitionOffset) int {
-				return cmp.Compare(a.partition, b.partition)
-			}) {
-				fmt.Fprintf(&b, "  BROKEN %s\n", t.name())
 			}
 		}
 	}
@@ -303,6 +299,23 @@ func hardState(s *State) string {
 		sessions = append(sessions, "BROKEN sessions")
 	}
 	return b.String() + strings.Join(sessions, "\n")
+}
+
+// broken says so if a list is not in order, or has chunks that it should not have.
+func broken[T any, K cmp.Ordered](l *sorted[T], key func(*T) K) string {
+	var keys []K
+	for e := range l.all() {
+		keys = append(keys, key(e))
+	}
+	if len(keys) == 0 || !slices.IsSorted(keys) || l.rest != nil && len(*l.rest) == 0 {
+		return "  BROKEN\n"
+	}
+	for i := range 1 + len(keys)/maxChunk {
+		if l.rest != nil && i < len(*l.rest) && len((*l.rest)[i]) == 0 {
+			return "  BROKEN chunk\n"
+		}
+	}
+	return ""
 }
 
 // durable writes down what of a state machine must outlive it.
