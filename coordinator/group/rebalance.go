@@ -62,9 +62,8 @@ func (s *State) maybeCompleteJoin(g *group) {
 // expireJoinPhase is the end of the initial delay, which new members may have prolonged, or of the rebalance timeout.
 func (s *State) expireJoinPhase(g *group) {
 	c := g.live
-	if c.initial && c.newMember && c.rest != 0 {
+	if next := min(s.cfg.InitialRebalanceDelay, c.rest); c.initial && c.newMember && next > 0 {
 		c.newMember = false
-		next := min(s.cfg.InitialRebalanceDelay, c.rest)
 		c.rest = max(0, c.rest-c.delay)
 		c.delay = next
 		s.timers.arm(&c.joinPhase, s.now, next)
