@@ -1,6 +1,7 @@
 package proxy
 
 import (
+	"bytes"
 	"cmp"
 	"encoding/json"
 	"errors"
@@ -9,6 +10,7 @@ import (
 	"net"
 	"slices"
 	"strconv"
+	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -21,6 +23,7 @@ import (
 
 const (
 	maxBrokers    = 1024                // listeners for brokers
+	maxTries      = 64                  // ports tried for one of them, where others hold them
 	spread        = 256                 // ports a cluster whose ids do not clash takes
 	forgetAfter   = 24 * time.Hour      // a broker that has gone keeps its port so long
 	storedTable   = "proxy/brokers"     // JSON of storedBrokers
@@ -48,14 +51,20 @@ type table struct {
 	cluster  string
 	control  int32
 	answers  map[int32]*kmsg.ApiVersionsResponse // by node id
+	common   *kmsg.ApiVersionsResponse           // what the answers of current have in common; nil if there are none
 	topicIDs bool                                // all of current have Metadata 10
+
+	saved   []byte            // what storedTable is, or is to be
+	unsaved map[string][]byte // by key; nil removes it
+	saving  chan struct{}     // capacity 1: there is something unsaved
 }
 
 type broker struct {
 	id       int32
 	addr     string // the upstream's, host:port
 	rack     *string
-	port     int // ours; 0 while an ephemeral one is not bound
+	port     int  // ours once there is a listener; 0 while none was chosen
+	told     bool // clients may have been told of the port
 	seen     time.Time
 	listener *listener // nil while the port is not ours yet
 }
@@ -81,6 +90,8 @@ func (t *table) init(p *Proxy) {
 	t.brokers = map[int32]*broker{}
 	t.ports = map[int]int32{}
 	t.answers = map[int32]*kmsg.ApiVersionsResponse{}
+	t.unsaved = map[string][]byte{}
+	t.saving = make(chan struct{}, 1)
 	t.control = -1
 }
 
@@ -99,12 +110,16 @@ func (t *table) load() {
 	defer t.mu.Unlock()
 	t.cluster, t.control, t.current = s.Cluster, s.Control, s.Current
 	for _, b := range s.Brokers {
-		if time.Since(b.Seen) > forgetAfter && !slices.Contains(s.Current, b.ID) {
+		switch {
+		case slices.Contains(s.Current, b.ID):
+			b.Seen = time.Now() // as far as we knew when we ended
+		case time.Since(b.Seen) > forgetAfter:
+			t.save(versionsKey(b.ID), nil)
 			continue
 		}
 		kept := &broker{id: b.ID, addr: b.Addr, rack: b.Rack, seen: b.Seen}
 		if s.Listen == t.proxy.config.Listen && t.proxy.basePort != 0 {
-			kept.port = b.Port
+			kept.port, kept.told = b.Port, true
 		}
 		t.brokers[b.ID] = kept
 		if kept.port != 0 {
@@ -113,29 +128,62 @@ func (t *table) load() {
 	}
 	for _, id := range slices.Sorted(maps.Keys(t.brokers)) {
 		t.loadVersions(id)
-		t.bindBroker(t.brokers[id])
+		t.bindBroker(t.brokers[id], false)
 	}
 	t.loadVersions(anyNode)
-	t.judgeTopicIDs()
+	t.judgeVersions()
 }
 
-// save is called with mu held.
-func (t *table) save() {
+// saveBrokers is called with mu held.
+func (t *table) saveBrokers() {
 	s := storedBrokers{Listen: t.proxy.config.Listen, Cluster: t.cluster, Control: t.control, Current: t.current}
 	for _, id := range slices.Sorted(maps.Keys(t.brokers)) {
 		b := t.brokers[id]
-		s.Brokers = append(s.Brokers, storedBroker{ID: b.id, Addr: b.addr, Rack: b.rack, Port: b.port, Seen: b.seen})
+		seen := b.seen.Truncate(time.Hour).Add(time.Hour) // so that most of what is seen changes nothing
+		s.Brokers = append(s.Brokers, storedBroker{ID: b.id, Addr: b.addr, Rack: b.rack, Port: b.port, Seen: seen})
 	}
-	raw, err := json.Marshal(s)
-	if err == nil {
-		err = t.proxy.store.Put(storedTable, raw)
-	}
-	if err != nil {
-		t.proxy.logger.Warn("the broker table could not be kept for the next start", "err", err)
+	if raw, err := json.Marshal(s); err == nil && !bytes.Equal(raw, t.saved) {
+		t.saved = raw
+		t.save(storedTable, raw)
 	}
 }
 
-// setBrokers takes the upstream's own answer: it alone says which brokers there are.
+// save has a value stored soon; nil removes it. It is called with mu held, and does not wait for a disk: clients do wait
+// for mu.
+func (t *table) save(key string, value []byte) {
+	t.unsaved[key] = value
+	select {
+	case t.saving <- struct{}{}:
+	default:
+	}
+}
+
+// saveTable stores what was to be saved until the proxy ends, and what is left then.
+func (p *Proxy) saveTable() {
+	defer p.running.Done()
+	for {
+		select {
+		case <-p.table.saving:
+			p.table.store()
+		case <-p.ctx.Done():
+			return
+		}
+	}
+}
+
+func (t *table) store() {
+	t.mu.Lock()
+	unsaved := t.unsaved
+	t.unsaved = map[string][]byte{}
+	t.mu.Unlock()
+	for key, value := range unsaved {
+		if err := t.proxy.store.Put(key, value); err != nil {
+			t.proxy.complain("what is known of the brokers could not be kept for the next start (%s): %v", key, err)
+		}
+	}
+}
+
+// setBrokers takes what our own client was told: it says which brokers there are.
 func (t *table) setBrokers(b upstream.Brokers) {
 	if len(b.Brokers) == 0 {
 		return
@@ -146,39 +194,79 @@ func (t *table) setBrokers(b upstream.Brokers) {
 	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	t.add(endpoints)
+	t.add(endpoints, true, false)
 	t.cluster, t.control = b.ClusterID, b.ControllerID
+	t.setCurrent(endpoints)
+	t.saveBrokers()
+}
+
+// setCurrent is called with mu held.
+func (t *table) setCurrent(endpoints []wire.Endpoint) {
 	t.current = t.current[:0:0]
 	for _, e := range endpoints {
-		t.current = append(t.current, e.ID)
+		if t.brokers[e.ID] != nil {
+			t.current = append(t.current, e.ID)
+		}
 	}
 	slices.Sort(t.current)
-	t.judgeTopicIDs()
-	t.save()
+	t.judgeVersions()
 }
+
+// ownAge is how old the answer to our own client may be that is believed rather than those to others.
+const ownAge = 2 * time.Minute
 
 // learn takes brokers from a reply that is about to be written, so that the listeners it names are there before it is.
-func (t *table) learn(endpoints []wire.Endpoint) {
-	defer t.proxy.upstream.Nudge()
+// all says that it names every broker there is. Where our own client gets no answers (it may not know the password that
+// our clients know) these replies are all we know.
+func (t *table) learn(endpoints []wire.Endpoint, all bool) {
+	if t.agrees(endpoints, all) {
+		return
+	}
+	t.proxy.upstream.Nudge()
+	own := t.proxy.upstream.Brokers()
+	known := len(own.Brokers) > 0 && time.Since(own.At) < ownAge
+	if known {
+		t.setBrokers(own)
+	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if t.add(endpoints) {
-		if len(t.current) == 0 {
-			t.current = slices.Sorted(maps.Keys(t.brokers))
-		}
-		t.save()
+	changed := t.add(endpoints, !known, true)
+	switch {
+	case all && !known:
+		t.setCurrent(endpoints)
+	case len(t.current) == 0:
+		t.current = slices.Sorted(maps.Keys(t.brokers))
+		t.judgeVersions()
+	case !changed:
+		return
 	}
+	t.saveBrokers()
 }
 
-// add is called with mu held.
-func (t *table) add(endpoints []wire.Endpoint) (changed bool) {
+// agrees says whether a reply tells nothing new.
+func (t *table) agrees(endpoints []wire.Endpoint, all bool) bool {
+	t.mu.RLock()
+	defer t.mu.RUnlock()
+	for _, e := range endpoints {
+		b := t.brokers[e.ID]
+		if b == nil || b.listener == nil || b.addr != addrOf(e) || all && !slices.Contains(t.current, e.ID) {
+			return false
+		}
+	}
+	return !all || len(endpoints) == len(t.current)
+}
+
+func addrOf(e wire.Endpoint) string { return net.JoinHostPort(e.Host, strconv.Itoa(int(e.Port))) }
+
+// add takes in brokers that are not known, and if it is to move them the new addresses of those that are. With named
+// they are about to be named to a client. It is called with mu held.
+func (t *table) add(endpoints []wire.Endpoint, move, named bool) (changed bool) {
 	if t.proxy.ctx.Err() != nil {
 		return false // shutting down: no more listeners
 	}
 	now := time.Now()
 	endpoints = slices.SortedFunc(slices.Values(endpoints), func(a, b wire.Endpoint) int { return cmp.Compare(a.ID, b.ID) })
 	for _, e := range endpoints {
-		addr := net.JoinHostPort(e.Host, strconv.Itoa(int(e.Port)))
 		b := t.brokers[e.ID]
 		if b == nil {
 			if len(t.brokers) >= maxBrokers || e.ID < 0 {
@@ -189,44 +277,69 @@ func (t *table) add(endpoints []wire.Endpoint) (changed bool) {
 			t.brokers[e.ID] = b
 			t.loadVersions(e.ID)
 		}
-		changed = changed || b.addr != addr
-		b.addr, b.rack, b.seen = addr, e.Rack, now
+		if b.addr == "" || move {
+			changed = changed || b.addr != addrOf(e)
+			b.addr, b.rack = addrOf(e), e.Rack
+		}
+		b.seen = now
 		if b.listener == nil {
-			t.bindBroker(b)
+			t.bindBroker(b, named)
 			changed = true
 		}
 	}
 	return changed
 }
 
-// bindBroker opens the listener of a broker. It is called with mu held.
-func (t *table) bindBroker(b *broker) {
+// bindBroker opens the listener of a broker. A port that another process holds is never told to a client. One that none
+// was told of is left to it for the next free one; one that clients may remember is waited for, unless the broker is to
+// be named now. It is called with mu held.
+func (t *table) bindBroker(b *broker, named bool) {
 	p := t.proxy
-	if p.basePort != 0 && b.port == 0 {
-		b.port = t.freePort(b.id)
-		t.ports[b.port] = b.id
-	}
-	lns, port, err := p.bind(b.port)
-	if err != nil {
-		way := "free it, or choose other ports with --listen; trying again every second"
-		p.complain("port %d, for upstream broker %d, cannot be bound (%v): %s", b.port, b.id, err, way)
-		p.wakeKeeper()
+	if p.ctx.Err() != nil {
 		return
 	}
-	b.port = port
+	var held []int
+	for {
+		if p.basePort != 0 && b.port == 0 {
+			b.port = t.freePort(b.id, held)
+			t.ports[b.port] = b.id
+		}
+		lns, port, err := p.bind(b.port)
+		if err == nil {
+			b.port = port
+			t.listen(b, lns)
+			return
+		}
+		taken := errors.Is(err, syscall.EADDRINUSE) || errors.Is(err, syscall.EACCES)
+		if p.basePort == 0 || !taken || b.told && !named || len(held) == maxTries {
+			p.complain("port %d, for upstream broker %d, cannot be bound (%v): free it, or choose other ports with --listen; trying again every second", b.port, b.id, err)
+			p.wakeKeeper()
+			return
+		}
+		p.complain("port %d, for upstream broker %d, is held by another process, so the next free one is taken; --listen moves them all", b.port, b.id)
+		held = append(held, b.port)
+		delete(t.ports, b.port)
+		b.port, b.told = 0, false
+	}
+}
+
+func (t *table) listen(b *broker, lns []net.Listener) {
+	p := t.proxy
+	b.told = true
 	b.listener = &listener{node: b.id, lns: lns}
 	t.addOwn(lns)
 	p.metrics.Add(tracing.BrokerListeners, 1)
-	p.logger.Info("listening for upstream broker", "node", b.id, "addr", net.JoinHostPort(p.advertiseHost, strconv.Itoa(port)), "upstream", b.addr)
+	p.logger.Info("listening for upstream broker", "node", b.id, "addr", net.JoinHostPort(p.advertiseHost, strconv.Itoa(b.port)), "upstream", b.addr)
 	p.accept(b.listener)
 }
 
-// freePort gives the port of a new broker: that of its id, or the next one that no other broker has.
-func (t *table) freePort(id int32) int {
+// freePort gives the port of a new broker: that of its id, or the next one that no other broker has and that was not
+// found to be held.
+func (t *table) freePort(id int32, held []int) int {
 	first := t.proxy.basePort + 1
 	for i := range maxBrokers {
 		port := first + (int(id)%spread+i)%maxBrokers
-		if _, taken := t.ports[port]; !taken && port < 1<<16 {
+		if _, taken := t.ports[port]; !taken && port < 1<<16 && !slices.Contains(held, port) {
 			return port
 		}
 	}
@@ -255,15 +368,25 @@ func (t *table) isOwn(remote, local net.Addr) bool {
 	})
 }
 
-// advertise gives our address for a node id.
+// advertise gives our address for a node id, if its listener is there.
 func (t *table) advertise(node int32) (host string, port int32, ok bool) {
 	t.mu.RLock()
 	defer t.mu.RUnlock()
 	b := t.brokers[node]
-	if b == nil || b.port == 0 {
+	if b == nil || b.listener == nil {
 		return "", 0, false
 	}
 	return t.proxy.advertiseHost, int32(b.port), true
+}
+
+// open binds the listener of a broker that is about to be named, where it could not be bound before.
+func (t *table) open(node int32) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if b := t.brokers[node]; b != nil && b.listener == nil {
+		t.bindBroker(b, true)
+		t.saveBrokers()
+	}
 }
 
 // place gives the node that stands for a group, and its address.
@@ -272,7 +395,10 @@ func (t *table) place(group string) (node int32, host string, port int32, ok boo
 	if !ok {
 		return -1, "", -1, false
 	}
-	host, port, ok = t.advertise(node)
+	if host, port, ok = t.advertise(node); !ok {
+		t.open(node)
+		host, port, ok = t.advertise(node)
+	}
 	return node, host, port, ok
 }
 
@@ -370,7 +496,7 @@ func (t *table) keep(now time.Time) time.Duration {
 			t.forget(b)
 			changed = true
 		case b.listener == nil:
-			t.bindBroker(b)
+			t.bindBroker(b, false)
 			if b.listener == nil {
 				again = time.Second
 			} else {
@@ -379,7 +505,7 @@ func (t *table) keep(now time.Time) time.Duration {
 		}
 	}
 	if changed {
-		t.save()
+		t.saveBrokers()
 	}
 	return again
 }
@@ -388,6 +514,7 @@ func (t *table) forget(b *broker) {
 	delete(t.brokers, b.id)
 	delete(t.ports, b.port)
 	delete(t.answers, b.id)
+	t.save(versionsKey(b.id), nil)
 	if b.listener == nil {
 		return
 	}
@@ -421,8 +548,11 @@ func (p *Proxy) bind(port int) ([]net.Listener, int, error) {
 	return lns, port, nil
 }
 
-// splitListen reads --listen.
-func splitListen(listen, advertise string) (host string, port int, advertiseHost string, err error) {
+// ReadListen reads --listen and --advertise-clients: what to bind, and what clients are told. Without a host, and for
+// localhost, 127.0.0.1 and ::1, host is 127.0.0.1, which stands for both loopback addresses; any other address is bound
+// just as it is. Clients are told 127.0.0.1, or the address in 127.0.0.0/8 that was asked for; elsewhere they must be
+// given a name.
+func ReadListen(listen, advertise string) (host string, port int, advertised string, err error) {
 	host, portText, err := net.SplitHostPort(listen)
 	if err != nil {
 		return "", 0, "", fmt.Errorf("--listen %s: %w", listen, err)
@@ -430,12 +560,15 @@ func splitListen(listen, advertise string) (host string, port int, advertiseHost
 	if port, err = strconv.Atoi(portText); err != nil || port < 0 || port > 1<<16-1 {
 		return "", 0, "", fmt.Errorf("--listen %s: %q is no port", listen, portText)
 	}
-	switch host {
-	case "", "localhost", loopback, "::1":
-		return loopback, port, cmp.Or(advertise, loopback), nil
+	if ip := net.ParseIP(host); host == "" || strings.EqualFold(host, "localhost") || ip.Equal(net.IPv6loopback) {
+		host = loopback
 	}
-	if advertise == "" {
-		return "", 0, "", fmt.Errorf("--listen %s is no loopback address: say with --advertise-clients HOST under which name clients reach it", listen)
+	switch {
+	case net.ParseIP(host).IsLoopback():
+		return host, port, cmp.Or(advertise, host), nil
+	case advertise == "":
+		return "", 0, "", fmt.Errorf("--listen %s: clients elsewhere could connect, without encryption or a password, and must be told a name to reach this sidecar by: "+
+			"add --advertise-clients HOST, or listen on 127.0.0.1", listen)
 	}
 	return host, port, advertise, nil
 }

@@ -7,6 +7,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/offset-sidecar/offset-sidecar/proxy"
 	"github.com/offset-sidecar/offset-sidecar/upstream"
 	"github.com/twmb/franz-go/pkg/kfake"
 	"github.com/twmb/franz-go/pkg/kgo"
@@ -95,4 +96,25 @@ func TestPortOfABrokerLongGoneIsGivenBack(t *testing.T) {
 		}
 		s.stop()
 	})
+}
+
+// inBubble runs a test with a network and a clock of its own, and a configuration for them.
+func inBubble(t *testing.T, f func(*testing.T, *kfake.VirtualNetwork, proxy.Config)) {
+	synctest.Test(t, func(t *testing.T) {
+		network := &kfake.VirtualNetwork{}
+		c := config("127.0.0.1:9001")
+		c.Listen = "127.0.0.1:19092"
+		c.Listener, c.Dial = network.Listen, network.DialContext
+		f(t, network, c)
+	})
+}
+
+func dialIn(t *testing.T, network *kfake.VirtualNetwork, addr string) *client {
+	t.Helper()
+	c, err := network.DialContext(t.Context(), "tcp", addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = c.Close() })
+	return &client{c, t}
 }

@@ -3,6 +3,7 @@ package proxy
 import (
 	"bytes"
 	"encoding/binary"
+	"slices"
 	"strconv"
 
 	"github.com/twmb/franz-go/pkg/kerr"
@@ -19,10 +20,8 @@ func (t *table) learnVersions(addr string, answer *kmsg.ApiVersionsResponse) {
 		return
 	}
 	t.answers[node] = answer
-	t.judgeTopicIDs()
-	if err := t.proxy.store.Put(versionsKey(node), raw); err != nil {
-		t.proxy.logger.Warn("a broker's versions could not be kept for the next start", "err", err)
-	}
+	t.judgeVersions()
+	t.save(versionsKey(node), raw)
 }
 
 // loadVersions is called with mu held.
@@ -47,38 +46,65 @@ func encodeVersions(answer *kmsg.ApiVersionsResponse) []byte {
 	return answer.AppendTo(binary.BigEndian.AppendUint16(nil, uint16(answer.Version)))
 }
 
-// judgeTopicIDs is called with mu held. Brokers that were never reached are taken to be like the others.
-func (t *table) judgeTopicIDs() {
-	t.topicIDs = false
+// judgeVersions finds out what all brokers have in common. It is called with mu held. Brokers that were never reached
+// are taken to be like the others.
+func (t *table) judgeVersions() {
+	t.topicIDs, t.common = false, nil
 	for _, id := range append([]int32{anyNode}, t.current...) {
-		answer := t.answers[id]
-		if answer == nil {
-			continue
+		switch answer := t.answers[id]; {
+		case answer == nil:
+		case t.common == nil:
+			t.common = answer
+		default:
+			t.common = inCommon(t.common, answer)
 		}
-		t.topicIDs = false
-		for _, k := range answer.ApiKeys {
-			if k.ApiKey == keyMetadata {
-				t.topicIDs = k.MaxVersion >= 10
-			}
-		}
-		if !t.topicIDs {
-			return
+	}
+	if t.common == nil {
+		return
+	}
+	for _, k := range t.common.ApiKeys {
+		if k.ApiKey == keyMetadata {
+			t.topicIDs = k.MaxVersion >= 10
 		}
 	}
 }
 
-// known gives what ApiVersions is answered from on a node's listener: that broker's answer, or else any other's.
+// inCommon gives what two brokers of one cluster both have. Finalized features are the cluster's.
+func inCommon(a, b *kmsg.ApiVersionsResponse) *kmsg.ApiVersionsResponse {
+	both := *a
+	both.ApiKeys = nil
+	for _, k := range a.ApiKeys {
+		i := slices.IndexFunc(b.ApiKeys, func(x kmsg.ApiVersionsResponseApiKey) bool { return x.ApiKey == k.ApiKey })
+		if i < 0 {
+			continue
+		}
+		k.MinVersion, k.MaxVersion = max(k.MinVersion, b.ApiKeys[i].MinVersion), min(k.MaxVersion, b.ApiKeys[i].MaxVersion)
+		if k.MinVersion <= k.MaxVersion {
+			both.ApiKeys = append(both.ApiKeys, k)
+		}
+	}
+	both.SupportedFeatures = nil
+	for _, f := range a.SupportedFeatures {
+		i := slices.IndexFunc(b.SupportedFeatures, func(x kmsg.ApiVersionsResponseSupportedFeature) bool { return x.Name == f.Name })
+		if i < 0 {
+			continue
+		}
+		f.MinVersion, f.MaxVersion = max(f.MinVersion, b.SupportedFeatures[i].MinVersion), min(f.MaxVersion, b.SupportedFeatures[i].MaxVersion)
+		if f.MinVersion <= f.MaxVersion {
+			both.SupportedFeatures = append(both.SupportedFeatures, f)
+		}
+	}
+	return &both
+}
+
+// known gives what ApiVersions is answered from on a node's listener: that broker's answer; else, and on the bootstrap
+// listener, which leads to any of them, what all brokers have in common.
 func (t *table) known(node int32) known {
 	t.mu.RLock()
 	defer t.mu.RUnlock()
-	k := known{upstream: t.answers[node], topicIDs: t.topicIDs, clusterID: t.cluster, nodeID: node}
-	for _, id := range t.current {
-		if k.upstream == nil {
-			k.upstream = t.answers[id]
-		}
-	}
-	if k.upstream == nil {
-		k.upstream = t.answers[anyNode]
+	k := known{upstream: t.common, topicIDs: t.topicIDs, clusterID: t.cluster, nodeID: node}
+	if answer := t.answers[node]; answer != nil && node != anyNode {
+		k.upstream = answer
 	}
 	return k
 }
@@ -86,6 +112,11 @@ func (t *table) known(node int32) known {
 // kept answers Metadata and DescribeCluster from what is known while no broker can be asked; nil for anything else.
 // Topics are named with as many partitions as they had, but no leaders, which clients take as a reason to ask again.
 func (t *table) kept(req kmsg.Request) kmsg.Response {
+	for _, id := range t.nodes() {
+		if _, _, ok := t.advertise(id); !ok {
+			t.open(id)
+		}
+	}
 	t.mu.RLock()
 	defer t.mu.RUnlock()
 	if len(t.current) == 0 {
@@ -102,7 +133,7 @@ func (t *table) kept(req kmsg.Request) kmsg.Response {
 		resp.ClusterID, resp.ControllerID = t.cluster, t.control
 		for _, id := range t.current {
 			b := t.brokers[id]
-			if b == nil || b.port == 0 {
+			if b == nil || b.listener == nil {
 				continue
 			}
 			x := kmsg.NewDescribeClusterResponseBroker()
@@ -125,7 +156,7 @@ func (t *table) keptMetadata(req *kmsg.MetadataRequest) kmsg.Response {
 	resp.ControllerID = t.control
 	for _, id := range t.current {
 		b := t.brokers[id]
-		if b == nil || b.port == 0 {
+		if b == nil || b.listener == nil {
 			continue
 		}
 		x := kmsg.NewMetadataResponseBroker()

@@ -25,3 +25,23 @@ func ended(conn net.Conn) bool {
 	})
 	return err != nil || gone
 }
+
+// hungUp says whether the other side has closed a connection, or its half of it, even if there is something to read
+// before the end. It never waits.
+func hungUp(conn net.Conn) bool {
+	tcp, ok := conn.(*net.TCPConn)
+	if !ok {
+		return false
+	}
+	raw, err := tcp.SyscallConn()
+	if err != nil {
+		return true
+	}
+	gone := false
+	err = raw.Control(func(fd uintptr) {
+		polled := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLRDHUP}}
+		n, err := unix.Poll(polled, 0)
+		gone = err == nil && n > 0
+	})
+	return err != nil || gone
+}

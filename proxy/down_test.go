@@ -4,6 +4,7 @@ import (
 	"context"
 	"net"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -336,22 +337,6 @@ func TestPortsAreTheSameWithAnEmptiedDirectory(t *testing.T) {
 	}
 }
 
-// A port that another process holds is named, with the way out, and taken when it is free.
-func TestTakenPortIsNamedAndTriedAgain(t *testing.T) {
-	c := config("127.0.0.1:1")
-	c.Listen = "127.0.0.1:" + freePorts(t)
-	other, err := net.Listen("tcp", "127.0.0.1:"+itoa(portOf(c.Listen)+1))
-	if err != nil {
-		t.Fatal(err)
-	}
-	s := start(t, c, func(s *side) { s.brokers.set(upstream.Broker{ID: 0, Host: "127.0.0.1", Port: 1}) })
-	if len(s.Addrs()) != 0 || !strings.Contains(s.logs.String(), "--listen") {
-		t.Fatalf("%v, %s", s.Addrs(), s.logs)
-	}
-	_ = other.Close()
-	until(t, "the port is taken", func() bool { return len(s.Addrs()) == 1 })
-}
-
 func TestBootstrapPortInUseIsAnError(t *testing.T) {
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -447,5 +432,69 @@ func TestListeningElsewhereNeedsAName(t *testing.T) {
 		if err := newProxy(c).Start(); err == nil || !strings.Contains(err.Error(), "--listen "+listen) {
 			t.Fatalf("%s: %v", listen, err)
 		}
+	}
+}
+
+// The more often a broker could not be dialled, the later a client that needs it is closed; that another broker answers
+// what any can does not count.
+func TestDelayBeforeTheCloseGrows(t *testing.T) {
+	a, _, s := twoBrokers(t)
+	a.kill()
+	var took time.Duration
+	for range 3 {
+		dial(t, s.Addrs()[1]).call(metadata())
+		c := dial(t, s.Addrs()[1])
+		begin := time.Now()
+		c.sendBytes(frame(2, 0, 1, nil))
+		c.closed()
+		took = time.Since(begin)
+	}
+	if took < 900*time.Millisecond {
+		t.Fatalf("closed after %v", took)
+	}
+}
+
+func saslHandshake(correlation int32) []byte {
+	return frame(17, 1, correlation, []byte{0, 5, 'P', 'L', 'A', 'I', 'N'})
+}
+
+// A client that authenticates is not closed at once either while no broker can be reached.
+func TestClientsWithSASLDoNotStormWhileUpstreamIsDown(t *testing.T) {
+	s := start(t, config("127.0.0.1:1"))
+	c := dial(t, s.Addr().String())
+	c.call(versioned(kmsg.NewPtrApiVersionsRequest(), 2))
+	begin := time.Now()
+	c.sendBytes(saslHandshake(1))
+	c.closed()
+	if d := time.Since(begin); d < 200*time.Millisecond {
+		t.Fatalf("closed after %v", d)
+	}
+}
+
+// What a client that authenticated by itself asks cannot be asked elsewhere: its broker gets all the time it may have,
+// and if its answer is none the client is closed.
+func TestClientsWithSASLAreAnsweredByTheirBrokerAlone(t *testing.T) {
+	var all atomic.Pointer[[]*fakeBroker]
+	other := newBroker(t, 2, func(r request) []byte { return metadataOf(*all.Load()...)(r) })
+	b := newBroker(t, 1, func(r request) []byte {
+		if r.APIKey != 3 {
+			return echoBody(r)
+		}
+		time.Sleep(repeatAfter + 200*time.Millisecond)
+		return metadataOf(*all.Load()...)(r)
+	})
+	all.Store(&[]*fakeBroker{b, other})
+	s := start(t, config(b.addr()), func(s *side) { s.brokers.set(b.broker(), other.broker()) })
+	c := dial(t, s.Addrs()[1])
+	c.sendBytes(saslHandshake(1))
+	c.receive()
+	if m := c.call(metadata()).(*kmsg.MetadataResponse); len(m.Brokers) != 2 || len(other.requests()) != 0 {
+		t.Fatalf("%d brokers, %d requests elsewhere", len(m.Brokers), len(other.requests()))
+	}
+	all.Store(new([]*fakeBroker))
+	c.send(2, metadata())
+	c.closed()
+	if strings.Contains(s.logs.String(), "panic") {
+		t.Fatal(s.logs)
 	}
 }

@@ -21,11 +21,12 @@ import (
 // fakeBroker is a server that speaks just enough Kafka: it answers ApiVersions and hands every other request to its
 // handler, one after the other on each connection.
 type fakeBroker struct {
-	id     int32
-	ln     net.Listener
-	handle atomic.Pointer[func(request) []byte]
-	deaf   atomic.Bool  // accepts and never answers, as a stopped process
-	dials  atomic.Int32 // connections that have asked for ApiVersions
+	id       int32
+	ln       net.Listener
+	handle   atomic.Pointer[func(request) []byte]
+	versions atomic.Pointer[func(request) []byte] // answers ApiVersions, if set
+	deaf     atomic.Bool                          // accepts and never answers, as a stopped process
+	dials    atomic.Int32                         // connections that have asked for ApiVersions
 
 	mu    sync.Mutex
 	conns map[net.Conn]struct{}
@@ -123,7 +124,11 @@ func (b *fakeBroker) serve(c net.Conn) {
 		r := request{h, frame}
 		if h.APIKey == 18 {
 			b.dials.Add(1)
-			_, _ = c.Write(versionsOf(r))
+			answer := versionsOf
+			if other := b.versions.Load(); other != nil {
+				answer = *other
+			}
+			_, _ = c.Write(answer(r))
 			continue
 		}
 		b.mu.Lock()

@@ -7,6 +7,10 @@ import (
 	"github.com/twmb/franz-go/pkg/kmsg"
 )
 
+// maxKept bounds the bytes of frames that a connection keeps in memory until they are answered (group requests, and what
+// may have to be asked of another broker); further ones wait in its socket.
+const maxKept = 16 << 20
+
 // slotKind says who answers a request.
 type slotKind uint8
 
@@ -30,6 +34,7 @@ type slot struct {
 	response    kmsg.Response
 	call        *call
 	leg         *leg
+	bytes       int    // of it that are kept in memory until it is answered
 	request     []byte // the whole frame of a request that any broker can answer; else nil
 }
 
@@ -38,6 +43,7 @@ type slot struct {
 type inflight struct {
 	ring       []slot
 	head, tail atomic.Uint32 // taken, pushed
+	kept       atomic.Int64  // bytes that the slots keep
 	ended      atomic.Bool   // nothing more will be pushed
 
 	writerWaits atomic.Bool
@@ -55,26 +61,22 @@ func (q *inflight) init(size int) {
 
 func (q *inflight) len() int { return int(q.tail.Load() - q.head.Load()) }
 
-// reserve waits until there is room for one more slot; false when the connection closed meanwhile.
-func (q *inflight) reserve(closed <-chan struct{}) bool {
-	for q.len() == len(q.ring) {
-		q.readerWaits.Store(true)
-		if q.len() < len(q.ring) {
-			return true
-		}
-		select {
-		case <-q.wakeReader:
-		case <-closed:
-			return false
-		}
+// room says whether there is room for one more slot that keeps so many bytes. One frame fits in any case.
+func (q *inflight) room(bytes int) bool {
+	if q.len() == len(q.ring) {
+		return false
 	}
-	return true
+	kept := q.kept.Load()
+	return bytes == 0 || kept == 0 || kept+int64(bytes) <= maxKept
 }
 
 // push adds a slot for which there is room. It does not wake the writer: there is time for that when the request is on
 // its way.
 func (q *inflight) push(s slot) {
 	tail := q.tail.Load()
+	if s.bytes > 0 {
+		q.kept.Add(int64(s.bytes))
+	}
 	q.ring[tail%uint32(len(q.ring))] = s
 	q.tail.Store(tail + 1)
 }
@@ -116,7 +118,11 @@ func (q *inflight) oldest() *slot {
 
 func (q *inflight) pop() {
 	head := q.head.Load()
-	q.ring[head%uint32(len(q.ring))] = slot{}
+	s := &q.ring[head%uint32(len(q.ring))]
+	if s.bytes > 0 {
+		q.kept.Add(-int64(s.bytes))
+	}
+	*s = slot{}
 	q.head.Store(head + 1)
 	if q.readerWaits.Load() && q.readerWaits.Swap(false) {
 		select {

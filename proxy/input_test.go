@@ -11,6 +11,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/offset-sidecar/offset-sidecar/tracing"
+	"github.com/twmb/franz-go/pkg/kerr"
 	"github.com/twmb/franz-go/pkg/kmsg"
 )
 
@@ -211,5 +213,104 @@ func TestForeignCorrelationIDClosesTheConnection(t *testing.T) {
 	c.closed()
 	if !strings.Contains(s.logs.String(), "correlation id 8 instead of 7") {
 		t.Fatal(s.logs)
+	}
+}
+
+// What a client does wrong again and again is logged once in a while, however much it varies.
+func TestVaryingMistakesOfAClientAreOneLine(t *testing.T) {
+	b := newBroker(t, 1, echoBody)
+	s := start(t, config(b.addr()))
+	for n := range uint32(5) {
+		c := dial(t, s.Addr().String())
+		c.sendBytes(binary.BigEndian.AppendUint32(nil, 1<<30+n))
+		c.closed()
+	}
+	if n := strings.Count(s.logs.String(), "--max-frame"); n != 1 {
+		t.Fatalf("%d lines:\n%s", n, s.logs)
+	}
+}
+
+// A connection keeps 16 MiB of requests in memory; what a client sends beyond waits in its socket and is answered later.
+func TestMemoryOfAConnectionIsBounded(t *testing.T) {
+	p := &park{}
+	s := alone(t, func(s *side) { s.echo.answer = p.keep })
+	c := dial(t, s.Addrs()[1])
+	commit := versioned(kmsg.NewPtrSyncGroupRequest(), 3)
+	commit.GroupAssignment = []kmsg.SyncGroupRequestGroupAssignment{{MemberAssignment: make([]byte, 3<<20)}}
+	sent := make(chan struct{})
+	go func() {
+		defer close(sent)
+		for id := range int32(20) {
+			if _, err := c.Write(kmsg.NewRequestFormatter().AppendRequest(nil, commit, id)); err != nil {
+				return
+			}
+		}
+	}()
+	until(t, "five were read", func() bool { return p.len() == 5 })
+	time.Sleep(50 * time.Millisecond) // time to do what it must not
+	if n := p.len(); n != 5 {
+		t.Fatalf("%d requests of 3 MiB were read", n)
+	}
+	for want := int32(0); want < 20; {
+		for _, r := range p.take() {
+			r.Done(r.Body.ResponseKind(), nil)
+			if id, _ := c.receive(); id != want {
+				t.Fatalf("correlation id %d, not %d", id, want)
+			}
+			want++
+		}
+	}
+	<-sent
+}
+
+// A client that goes while it has as many requests outstanding as it may is noticed.
+func TestClientThatGoesWithAllItsRequestsOutstanding(t *testing.T) {
+	s := alone(t, func(s *side) { s.echo = newEcho(false) })
+	c := dial(t, s.Addrs()[1])
+	for id := range int32(80) {
+		c.send(id, heartbeat("m"))
+	}
+	until(t, "64 are held", func() bool { return s.metrics.Value(tracing.RequestsInFlight) == 64 })
+	_ = c.Close()
+	until(t, "it has gone", func() bool { return s.Clients() == 0 })
+	s.echo.set(true, 2)
+	dial(t, s.Addrs()[1]).call(heartbeat("another"))
+	if got := s.echo.requests(); len(got) != 1 {
+		t.Fatalf("%d requests were executed", len(got))
+	}
+}
+
+// Offsets in transactions are refused with the error that ends the producer however many they are.
+func TestManyOffsetsInATransactionAreRefused(t *testing.T) {
+	s := start(t, config("127.0.0.1:1"))
+	req := versioned(kmsg.NewPtrTxnOffsetCommitRequest(), 3)
+	topic := kmsg.NewTxnOffsetCommitRequestTopic()
+	for i := range int32(20_000) {
+		p := kmsg.NewTxnOffsetCommitRequestTopicPartition()
+		p.Partition, p.Metadata = i, kmsg.StringPtr("metadata of some length")
+		topic.Partitions = append(topic.Partitions, p)
+	}
+	req.Topics = append(req.Topics, topic)
+	resp := dial(t, s.Addr().String()).call(req).(*kmsg.TxnOffsetCommitResponse)
+	if n, code := len(resp.Topics[0].Partitions), resp.Topics[0].Partitions[0].ErrorCode; n != 20_000 || code != kerr.UnsupportedForMessageFormat.Code {
+		t.Fatalf("%d partitions, error %d", n, code)
+	}
+}
+
+// SaslHandshake 0 is not shown, and refused: what follows it comes in no frames.
+func TestSASLWithoutFramesIsRefused(t *testing.T) {
+	b := newBroker(t, 1, echoBody)
+	s := start(t, config(b.addr()), func(s *side) { s.brokers.set(b.broker()) })
+	c := dial(t, s.Addrs()[1])
+	v := c.call(versioned(kmsg.NewPtrApiVersionsRequest(), 2)).(*kmsg.ApiVersionsResponse)
+	for _, k := range v.ApiKeys {
+		if k.ApiKey == 17 && (k.MinVersion != 1 || k.MaxVersion != 1) {
+			t.Fatalf("%+v", k)
+		}
+	}
+	handshake := versioned(kmsg.NewPtrSASLHandshakeRequest(), 0)
+	handshake.Mechanism = "PLAIN"
+	if code := c.call(handshake).(*kmsg.SASLHandshakeResponse).ErrorCode; code != kerr.UnsupportedVersion.Code || len(b.requests()) != 0 {
+		t.Fatalf("error %d, %d requests went upstream", code, len(b.requests()))
 	}
 }

@@ -2,6 +2,7 @@ package proxy_test
 
 import (
 	"bytes"
+	"context"
 	"math/rand/v2"
 	"net"
 	"os"
@@ -206,4 +207,34 @@ func TestHalfCloseAnswersWhatIsOutstanding(t *testing.T) {
 	}
 	c.closed()
 	until(t, "the leg is closed too", func() bool { return s.metrics.Value(upstreamConnections) == 0 })
+}
+
+// A reply that comes after its request was answered by another broker, because the dial took so long, is not taken for
+// the next one's.
+func TestReplyOfASlowDialIsNotTakenForAnothers(t *testing.T) {
+	var all []*fakeBroker
+	handle := func(r request) []byte {
+		if r.APIKey == 3 {
+			return metadataOf(all...)(r)
+		}
+		return echoBody(r)
+	}
+	slow, b := newBroker(t, 1, handle), newBroker(t, 2, handle)
+	all = []*fakeBroker{slow, b}
+	dialled := make(chan struct{})
+	c := config(b.addr())
+	c.Dial = func(ctx context.Context, network, addr string) (net.Conn, error) {
+		if addr == slow.addr() {
+			<-dialled
+		}
+		return new(net.Dialer).DialContext(ctx, network, addr)
+	}
+	s := start(t, c, func(s *side) { s.brokers.set(slow.broker(), b.broker()) })
+	cl := dial(t, s.Addrs()[1])
+	cl.call(metadata())
+	close(dialled)
+	cl.sendBytes(frame(2, 0, 5, []byte("hello")))
+	if id, body := cl.receive(); id != 5 || string(body) != "hello" {
+		t.Fatalf("correlation id %d, %q", id, body)
+	}
 }

@@ -27,8 +27,8 @@ const (
 	failureDelayMin = 250 * time.Millisecond // before a client is closed whose broker could not be dialled
 	failureDelayMax = 2 * time.Second
 
-	complaintInterval = 10 * time.Second // a line that has been logged is not repeated for so long
-	maxComplaints     = 256              // different lines remembered for that
+	complaintInterval = 10 * time.Second // a complaint that has been logged is not repeated for so long
+	maxComplaints     = 256              // different ones remembered for that
 )
 
 // Config of a Proxy. Every field must be set, unless it says otherwise.
@@ -134,7 +134,7 @@ func New(config Config, c Coordinator, u Upstream, store Store, metrics *tracing
 // Start binds the bootstrap listener and those of the brokers known from an earlier run, and serves. Listeners of other
 // brokers follow as they become known.
 func (p *Proxy) Start() error {
-	host, port, advertised, err := splitListen(p.config.Listen, p.config.AdvertiseHost)
+	host, port, advertised, err := ReadListen(p.config.Listen, p.config.AdvertiseHost)
 	if err != nil {
 		return err
 	}
@@ -153,7 +153,8 @@ func (p *Proxy) Start() error {
 	p.table.load()
 	p.upstream.OnBrokers(p.table.setBrokers)
 	p.table.setBrokers(p.upstream.Brokers())
-	p.running.Add(2)
+	p.running.Add(3)
+	go p.saveTable()
 	go p.keepListeners()
 	go p.resumeSessions()
 	p.accept(p.bootstrap)
@@ -176,7 +177,7 @@ func (p *Proxy) refuseLoop() error {
 		}
 		for _, ip := range ips {
 			own := net.ParseIP(p.listenHost)
-			if p.listenHost == loopback && ip.IsLoopback() || own != nil && own.Equal(ip) || own.IsUnspecified() && ip.IsLoopback() {
+			if p.listenHost == loopback && ip.Equal(net.IPv6loopback) || own != nil && own.Equal(ip) || own.IsUnspecified() && ip.IsLoopback() {
 				return fmt.Errorf("--upstream %s is this sidecar's own --listen %s: name the Kafka brokers there", seed, p.config.Listen)
 			}
 		}
@@ -234,6 +235,7 @@ func (p *Proxy) Shutdown(ctx context.Context) error {
 	}
 	p.mu.Unlock()
 	p.running.Wait()
+	p.table.store()
 	return err
 }
 
@@ -347,10 +349,14 @@ func (p *Proxy) wakeKeeper() {
 
 // complain logs a warning, the same one at most every ten seconds: whoever makes a mistake repeats it.
 func (p *Proxy) complain(format string, args ...any) {
-	line := fmt.Sprintf(format, args...)
+	p.complainOf(fmt.Sprintf(format, args...), format, args...)
+}
+
+// complainOf logs a warning unless one with the same key was logged in the last ten seconds.
+func (p *Proxy) complainOf(key, format string, args ...any) {
 	now := time.Now()
 	p.complaints.Lock()
-	last, known := p.complaints.at[line]
+	last, known := p.complaints.at[key]
 	if known && now.Sub(last) < complaintInterval {
 		p.complaints.Unlock()
 		return
@@ -358,9 +364,9 @@ func (p *Proxy) complain(format string, args ...any) {
 	if len(p.complaints.at) >= maxComplaints {
 		clear(p.complaints.at)
 	}
-	p.complaints.at[line] = now
+	p.complaints.at[key] = now
 	p.complaints.Unlock()
-	p.logger.Warn(line)
+	p.logger.Warn(fmt.Sprintf(format, args...))
 }
 
 // failureDelay says how long to wait before a client is closed whose broker cannot be reached; clients reset their own

@@ -87,7 +87,7 @@ func (b *brokers) Brokers() upstream.Brokers {
 
 func (b *brokers) set(all ...upstream.Broker) {
 	b.mu.Lock()
-	b.now = upstream.Brokers{ClusterID: "a-cluster", ControllerID: 1, Brokers: all}
+	b.now = upstream.Brokers{ClusterID: "a-cluster", ControllerID: 1, Brokers: all, At: time.Now()}
 	hook, now := b.hook, b.now
 	b.mu.Unlock()
 	if hook != nil {
@@ -172,8 +172,10 @@ func start(t testing.TB, c proxy.Config, change ...func(*side)) *side {
 	return s
 }
 
+var discard = slog.New(slog.DiscardHandler)
+
 func newProxy(c proxy.Config) *proxy.Proxy {
-	c.Logger = slog.New(slog.DiscardHandler)
+	c.Logger = discard
 	return proxy.New(c, newEcho(true), &brokers{}, &memory{}, nil)
 }
 

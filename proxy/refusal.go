@@ -11,11 +11,14 @@ import (
 // the Java client (TransactionManager's TxnOffsetCommitHandler by name, AddOffsetsToTxnHandler as any error it does not
 // know), librdkafka (rd_kafka_txn_handle_AddOffsetsToTxn and _TxnOffsetCommit, both by name) and franz-go (failProducerID
 // for what is not retriable) make it fatal, while other codes are retried or abort one transaction over and over.
-// Group protocols that are not advertised get UNSUPPORTED_VERSION, as from a Kafka that has them switched off.
+// What is not advertised gets UNSUPPORTED_VERSION: group protocols, as from a Kafka that has them switched off, and
+// SaslHandshake 0.
 func refusal(req kmsg.Request) kmsg.Response {
 	code := kerr.UnsupportedVersion.Code
 	resp := req.ResponseKind()
 	switch resp := resp.(type) {
+	case *kmsg.SASLHandshakeResponse:
+		resp.ErrorCode = code
 	case *kmsg.AddOffsetsToTxnResponse:
 		resp.ErrorCode = kerr.UnsupportedForMessageFormat.Code
 	case *kmsg.TxnOffsetCommitResponse:

@@ -432,22 +432,24 @@ func (p *Proxy) rewrite(s *slot, frame []byte) ([]byte, error) {
 	if !s.rewrite {
 		return frame, nil
 	}
-	named := 0
-	advertise := func(node int32) (string, int32, bool) {
-		named++
-		return p.table.advertise(node)
+	if s.key == keyMetadata {
+		endpoints, err := wire.Endpoints(s.key, s.version, frame)
+		if err != nil {
+			return nil, err
+		}
+		if len(endpoints) == 0 {
+			return nil, errNoBrokers // librdkafka never recovers from such a reply (librdkafka#5301)
+		}
+		p.table.learn(endpoints, true)
 	}
-	rewritten, err := wire.RewriteResponse(s.key, s.version, frame, advertise)
-	if errors.Is(err, wire.ErrUnknownNode) {
+	rewritten, err := wire.RewriteResponse(s.key, s.version, frame, p.table.advertise)
+	if errors.Is(err, wire.ErrUnknownNode) && s.key != keyMetadata {
 		endpoints, endpointsErr := wire.Endpoints(s.key, s.version, frame)
 		if endpointsErr != nil {
 			return nil, err
 		}
-		p.table.learn(endpoints)
-		rewritten, err = wire.RewriteResponse(s.key, s.version, frame, advertise)
-	}
-	if err == nil && named == 0 && s.key == keyMetadata {
-		return nil, errNoBrokers // librdkafka never recovers from such a reply (librdkafka#5301)
+		p.table.learn(endpoints, false)
+		rewritten, err = wire.RewriteResponse(s.key, s.version, frame, p.table.advertise)
 	}
 	return rewritten, err
 }

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"net"
 	"os"
 	"time"
@@ -14,6 +15,7 @@ import (
 )
 
 const (
+	lookAtClient  = time.Second     // how often a client whose requests are not read is looked at
 	endGrace      = 2 * time.Second // for what is outstanding when a client has ended its side or made a mistake
 	maxHeader     = 1 << 17         // bytes in which a request header must end: a client id has 32 KiB at most
 	maxRepeatable = 1 << 20         // bytes of a request that is kept to ask another broker
@@ -57,9 +59,9 @@ func (c *conn) report(err error) bool {
 	c.proxy.metrics.Mistake(m.kind)
 	host := c.client.RemoteAddr().String()
 	if h, _, err := net.SplitHostPort(host); err == nil {
-		host = h // without the port: lines of one client that tries again are the same
+		host = h
 	}
-	c.proxy.complain("client %s at %s: %s; its connection is closed", host, c.client.LocalAddr(), m.text)
+	c.proxy.complainOf(fmt.Sprint(m.kind, host), "client %s at %s: %s; its connection is closed", host, c.client.LocalAddr(), m.text)
 	return true
 }
 
@@ -87,8 +89,15 @@ func (c *conn) readRequest() error {
 	}
 	c.proxy.metrics.Request(h.APIKey)
 	r := routeOf(h.APIKey)
+	if h.APIKey == keySaslHandshake && h.APIVersion < minSaslHandshake {
+		r.action = refuse
+	}
 	if r.action == pass || r.action == rewrite {
-		if !c.inflight.reserve(c.ctx.Done()) {
+		kept := 0
+		if !r.bound && total <= maxRepeatable {
+			kept = total
+		}
+		if !c.reserve(kept) {
 			return net.ErrClosed
 		}
 		return c.relayRequest(h, r, total)
@@ -96,7 +105,7 @@ func (c *conn) readRequest() error {
 	if size > c.proxy.config.MaxGroupFrame {
 		return blame(tracing.MistakeFrameSize, "a %s request of %d bytes, more than the %d that group requests may have", kmsg.NameForKey(h.APIKey), size, c.proxy.config.MaxGroupFrame)
 	}
-	if !c.inflight.reserve(c.ctx.Done()) {
+	if !c.reserve(total) {
 		return net.ErrClosed
 	}
 	frame, err := c.in.readWhole(total)
@@ -104,6 +113,38 @@ func (c *conn) readRequest() error {
 		return err
 	}
 	return c.answer(h, r, frame)
+}
+
+// reserve waits for room for a request of which so many bytes are kept until it is answered. A client that goes meanwhile
+// is noticed by looking, as its end lies behind requests that are not read: what is held for it is dropped, and it is
+// given as long as any that ends its side.
+func (c *conn) reserve(bytes int) bool {
+	if c.inflight.room(bytes) {
+		return true
+	}
+	look := time.NewTicker(lookAtClient)
+	defer look.Stop()
+	var gone time.Time
+	for !c.inflight.room(bytes) {
+		c.inflight.readerWaits.Store(true)
+		if c.inflight.room(bytes) {
+			break
+		}
+		select {
+		case <-c.inflight.wakeReader:
+		case <-c.ctx.Done():
+			return false
+		case now := <-look.C:
+			switch {
+			case gone.IsZero() && hungUp(c.client):
+				gone = now
+				c.session.drop()
+			case !gone.IsZero() && now.Sub(gone) >= endGrace:
+				return false
+			}
+		}
+	}
+	return true
 }
 
 func (c *conn) oddSize(size int32) error {
@@ -145,7 +186,7 @@ func (c *conn) header(total int) (wire.RequestHeader, error) {
 
 // answer takes a request that does not go upstream, or only perhaps.
 func (c *conn) answer(h wire.RequestHeader, r route, frame []byte) error {
-	s := slot{key: h.APIKey, version: h.APIVersion, correlation: h.CorrelationID}
+	s := slot{key: h.APIKey, version: h.APIVersion, correlation: h.CorrelationID, bytes: len(frame)}
 	if h.APIKey == keyApiVersions {
 		return c.answerVersions(h, s, frame)
 	}
@@ -296,7 +337,7 @@ func (c *conn) sendOwn(s slot, frame []byte, silent bool) (err error) {
 
 // sendToAny sends a request that any broker can answer to one that is likely to.
 func (c *conn) sendToAny(h wire.RequestHeader, s slot, frame []byte) (err error) {
-	s.kind = slotRelayed
+	s.kind, s.bytes = slotRelayed, len(frame)
 	s.wait = ownWait(h, frame[4:])
 	switch h.APIKey {
 	case keyFindCoordinator, keyMetadata, keyDescribeCluster:

@@ -5,12 +5,15 @@ import (
 	"slices"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/offset-sidecar/offset-sidecar/coordinator"
+	"github.com/offset-sidecar/offset-sidecar/proxy"
 	"github.com/offset-sidecar/offset-sidecar/tracing"
 	"github.com/offset-sidecar/offset-sidecar/upstream"
 	"github.com/twmb/franz-go/pkg/kerr"
+	"github.com/twmb/franz-go/pkg/kfake"
 	"github.com/twmb/franz-go/pkg/kmsg"
 )
 
@@ -219,4 +222,25 @@ func TestListGroupsShowsEachGroupOnItsNode(t *testing.T) {
 	if total != 30 {
 		t.Fatalf("the broker listeners show %d", total)
 	}
+}
+
+// A join that comes back unanswered, however long its group has kept it, is held no longer than a rebalance may take.
+func TestJoinWhoseActivationEndsIsAnsweredByItsDeadline(t *testing.T) {
+	inBubble(t, func(t *testing.T, network *kfake.VirtualNetwork, c proxy.Config) {
+		p := &park{}
+		s := start(t, c, func(s *side) { s.echo.answer = p.keep })
+		cl := dialIn(t, network, c.Listen)
+		join := versioned(kmsg.NewPtrJoinGroupRequest(), 5)
+		join.RebalanceTimeoutMillis = 300_000
+		cl.send(1, join)
+		synctest.Wait()
+		time.Sleep(time.Hour) // parked: a group may take as long as it likes
+		s.echo.set(false, 1)
+		begin := time.Now()
+		p.take()[0].Done(nil, coordinator.ErrInactive)
+		if id, _ := cl.receive(); id != 1 || time.Since(begin) != 5*time.Minute {
+			t.Fatalf("correlation id %d after %v", id, time.Since(begin))
+		}
+		s.stop()
+	})
 }

@@ -47,10 +47,14 @@ const maxWithoutTopicIDs = 9
 // maxFetch is the newest Fetch whose replies name no addresses (KIP-951); they are never parsed.
 const maxFetch = 15
 
+// minSaslHandshake is the oldest SaslHandshake after which the client's tokens come in frames: those of version 0 do not,
+// so that nobody could tell where requests begin again.
+const minSaslHandshake = 1
+
 // assumed stands in for an upstream that has never been reached: the versions that Kafka 2.8 and 4.3 have in common,
 // so that a client that asked early can keep its connection whatever turns up behind it.
 var assumed = map[int16]versions{
-	keyProduce: {3, 9}, keyFetch: {4, 12}, 2: {1, 6}, 3: {0, 11}, 17: {0, 1}, 19: {2, 7}, 20: {1, 6}, 21: {0, 2},
+	keyProduce: {3, 9}, keyFetch: {4, 12}, 2: {1, 6}, 3: {0, 11}, 17: {1, 1}, 19: {2, 7}, 20: {1, 6}, 21: {0, 2},
 	22: {0, 4}, 23: {2, 4}, 24: {0, 3}, 25: {0, 3}, 26: {0, 3}, 28: {0, 3}, 29: {1, 2}, 30: {1, 2}, 31: {1, 2},
 	32: {1, 4}, 33: {0, 2}, 34: {1, 2}, 35: {1, 2}, 36: {0, 2}, 37: {0, 3}, 38: {1, 2}, 39: {1, 2}, 40: {1, 2},
 	41: {1, 2}, 43: {0, 2}, 44: {0, 1}, 45: {0, 0}, 46: {0, 0}, 48: {0, 1}, 49: {0, 1}, 50: {0, 0}, 51: {0, 0},
@@ -158,6 +162,8 @@ func apiKeys(k known) []kmsg.ApiVersionsResponseApiKey {
 		switch key {
 		case keyFetch:
 			v.max = min(v.max, maxFetch)
+		case keySaslHandshake:
+			v.min = max(v.min, minSaslHandshake)
 		case keyProduce:
 			v.min = 0 // else old librdkafka turns compression off (KAFKA-18659)
 		}

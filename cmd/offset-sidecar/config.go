@@ -13,6 +13,7 @@ import (
 
 	"github.com/offset-sidecar/offset-sidecar/coordinator"
 	"github.com/offset-sidecar/offset-sidecar/coordinator/group"
+	"github.com/offset-sidecar/offset-sidecar/proxy"
 	"gopkg.in/yaml.v3"
 )
 
@@ -198,9 +199,8 @@ func (c *Config) validate(upstreamNeeded bool) error {
 		return fmt.Errorf("--upstream is missing: name brokers of your Kafka, as in --upstream kafka:9092 (or set OFFSET_SIDECAR_UPSTREAM, " +
 			"or \"upstream\" in the file of --config); without a Kafka at hand, try 'offset-sidecar dev'")
 	}
-	if host, _, _ := net.SplitHostPort(c.Proxy.Listen); !loopback(host) && c.Proxy.AdvertiseHost == "" {
-		return fmt.Errorf("--listen %s: clients elsewhere could connect, without encryption or a password, and must be told a name to reach this sidecar by: "+
-			"add --advertise-clients HOST, or listen on 127.0.0.1", c.Proxy.Listen)
+	if _, _, _, err := proxy.ReadListen(c.Proxy.Listen, c.Proxy.AdvertiseHost); err != nil {
+		return err
 	}
 	if host, _, _ := net.SplitHostPort(c.Admin.Admin); c.Admin.Admin != "" && !loopback(host) {
 		return fmt.Errorf("--admin %s: the admin pages are for loopback addresses only (health and metrics may be elsewhere: --http)", c.Admin.Admin)
@@ -213,7 +213,11 @@ func (c *Config) validate(upstreamNeeded bool) error {
 
 // validatePorts finds two of our own listeners on one port, and an upstream that is one of them.
 func (c *Config) validatePorts() error {
-	listeners := []struct{ flag, addr string }{{"--listen", c.Proxy.Listen}, {"--http", c.Admin.HTTP}, {"--admin", c.Admin.Admin}}
+	listen := c.Proxy.Listen
+	if host, port, _, err := proxy.ReadListen(listen, c.Proxy.AdvertiseHost); err == nil {
+		listen = net.JoinHostPort(host, strconv.Itoa(port)) // without a host it is not on all addresses, as the others are
+	}
+	listeners := []struct{ flag, addr string }{{"--listen", listen}, {"--http", c.Admin.HTTP}, {"--admin", c.Admin.Admin}}
 	for i, a := range listeners {
 		for _, b := range listeners[i+1:] {
 			if a.addr != "" && b.addr != "" && sameListener(a.addr, b.addr) {
@@ -222,7 +226,7 @@ func (c *Config) validatePorts() error {
 		}
 	}
 	for _, seed := range c.Upstream.Seeds {
-		if host, _, _ := net.SplitHostPort(seed); (loopback(host)) && sameListener(seed, c.Proxy.Listen) {
+		if host, _, _ := net.SplitHostPort(seed); loopback(host) && sameListener(seed, listen) {
 			return selfLoop(seed, c.Proxy.Listen)
 		}
 	}
@@ -238,7 +242,15 @@ func selfLoop(seed, listen string) error {
 func sameListener(a, b string) bool {
 	hostA, portA, _ := net.SplitHostPort(a)
 	hostB, portB, _ := net.SplitHostPort(b)
-	return portA == portB && portA != "0" && (hostA == hostB || wildcard(hostA) || wildcard(hostB) || loopback(hostA) && loopback(hostB))
+	return portA == portB && portA != "0" && (plain(hostA) == plain(hostB) || wildcard(hostA) || wildcard(hostB))
+}
+
+// plain gives one name to the loopback addresses that --listen binds together.
+func plain(host string) string {
+	if strings.EqualFold(host, "localhost") || host == "::1" {
+		return "127.0.0.1"
+	}
+	return host
 }
 
 func wildcard(host string) bool {

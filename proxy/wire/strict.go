@@ -59,8 +59,12 @@ var groupRequests = map[int16][]field{
 		str(0, always), num(4, 0), str(0, always), nullStr(3), nullStr(5), nullStr(5),
 		structs(str(0, always), data()),
 	},
-	15: {strs(0), num(1, 3)},                                          // DescribeGroups
-	16: {strs(4), strs(5)},                                            // ListGroups
+	15: {strs(0), num(1, 3)}, // DescribeGroups
+	16: {strs(4), strs(5)},   // ListGroups
+	28: { // TxnOffsetCommit
+		str(0, always), str(0, always), num(8, 0), num(2, 0), num(4, 3), str(3, always), nullStr(3),
+		structs(str(0, 5), num(16, 6), structs(num(4, 0), num(8, 0), num(4, 2), nullStr(0))),
+	},
 	42: {strs(0)},                                                     // DeleteGroups
 	47: {str(0, always), structs(str(0, always), structs(num(4, 0)))}, // OffsetDelete
 }
