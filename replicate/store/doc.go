@@ -25,6 +25,10 @@
 // -1 is private and takes none. The compactor removes superseded records after HistoryAge or beyond HistoryBytes, and
 // tombstones after TombstoneAge, never the last record of a partition; offsets survive, and gaps may differ.
 //
+// With Fsync badger's write-ahead log gets its blocks a little ahead of its use, a chunk for each 128 KiB appended, so
+// that a sync overwrites instead of waiting for the filesystem's journal. It is an aid only: no room, a filesystem that
+// copies on write, a kernel before 5.14, and all goes as without.
+//
 // # Damage and full disks
 //
 // Badger drops the rest of a write-ahead log after one flipped bit and says nothing, which would make a voter forget
@@ -41,7 +45,7 @@
 //
 // # Goroutines
 //
-// keep (flush, watermark) and compact, both ended by Close; badger's own. Raft's main goroutine alone calls RaftLog
-// and Stable; raft's FSM goroutine alone calls Append, Configuration and Restore. Everything else may be called from
-// anywhere.
+// keep (flush, watermark, memory after a load), compact and prealloc.run, told to end by Release and waited for by
+// Close before badger closes; badger's own. Raft's main goroutine alone calls RaftLog and Stable; raft's FSM goroutine
+// alone calls Append, Configuration and Restore. Everything else may be called from anywhere.
 package store

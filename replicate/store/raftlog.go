@@ -35,6 +35,7 @@ type RaftLog struct {
 	acked       uint64 // last index that StoreLogs has returned nil for
 	stale       uint64 // highest index a failed StoreLogs may have left above last
 	bytes       int64  // of the values of first to last
+	written     int64  // of all values since Open
 	cache       logCache
 }
 
@@ -62,6 +63,13 @@ func (l *RaftLog) Size() (entries uint64, bytes int64) {
 		return 0, 0
 	}
 	return l.last - l.first + 1, l.bytes
+}
+
+// ever is how many bytes have been stored since Open, deleted ones too.
+func (l *RaftLog) ever() int64 {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.written
 }
 
 // GetLog reads one entry and checks its CRC.
@@ -185,6 +193,7 @@ func (l *RaftLog) stored(entries []*raft.Log, size int, above uint64) {
 	}
 	l.last, l.acked, l.stale = last, last, last
 	l.bytes += int64(size)
+	l.written += int64(size)
 	for _, e := range entries {
 		l.cache.put(e)
 	}

@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"runtime/debug"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -320,11 +321,12 @@ func (s *Store) fatal(err error) {
 	})
 }
 
-// keep flushes the tail and writes the watermark.
+// keep flushes the tail, writes the watermark, and gives memory back after a load.
 func (s *Store) keep() {
 	tick := time.NewTicker(keepEvery)
 	defer tick.Stop()
 	last := time.Now()
+	var load calm
 	if s.files != nil {
 		s.files.guard.inflate()
 	}
@@ -335,6 +337,9 @@ func (s *Store) keep() {
 		case <-s.kick:
 		case <-tick.C:
 			s.raftLog.writeMark()
+			if load.tick(s.raftLog.ever()) {
+				debug.FreeOSMemory()
+			}
 			if time.Since(last) < flushEvery {
 				continue
 			}
