@@ -11,17 +11,25 @@ import (
 // group is everything that hangs on one group id. Its hard state is the newest value of each of its records, kept as
 // it was written; live is the state machine that Step runs on top, derived from them and dropped with the activation.
 type group struct {
-	id        string
-	partition int32
-	meta      []byte               // GroupMetadataValue
-	round     []byte               // the join round completed last
-	departed  []byte               // who has left since
-	seenValue []byte               // when a client was last seen, coarsely
-	offsets   sorted[topicOffsets] // by topic
+	id             string
+	partition      int32
+	*memberRecords                      // noMembers for most groups, which have but offsets
+	seenValue      []byte               // when a client was last seen, coarsely
+	offsets        sorted[topicOffsets] // by topic
 
 	live *classic
 	seen int64 // milliseconds; when a client was last seen in this activation, 0 for not yet
 }
+
+// memberRecords are the records of a group that has, or had, members.
+type memberRecords struct {
+	meta     []byte // GroupMetadataValue
+	round    []byte // the join round completed last
+	departed []byte // who has left since
+}
+
+// noMembers is shared, and never changed.
+var noMembers = &memberRecords{}
 
 // topicOffsets are a group's offsets of a topic, by partition. Lists rather than maps, for most groups have few of each.
 // Names are interned: a million keys share some hundred topic names.
@@ -161,12 +169,23 @@ func (s *State) swap(key, value []byte) (previous []byte) {
 	if k.kind == keyOffset {
 		previous = g.swapOffset(k, value)
 	} else {
-		at := g.value(k.kind)
-		previous, *at = *at, value
+		previous = g.swapValue(k.kind, value)
 	}
 	if value == nil {
 		s.dropIfGone(g)
 	}
+	return previous
+}
+
+func (g *group) swapValue(kind int16, value []byte) (previous []byte) {
+	if kind != keySeen && g.memberRecords == noMembers {
+		if value == nil {
+			return nil
+		}
+		g.memberRecords = &memberRecords{}
+	}
+	at := g.value(kind)
+	previous, *at = *at, value
 	return previous
 }
 
@@ -202,7 +221,7 @@ func (s *State) addGroup(id string) *group {
 	if g := s.groups[id]; g != nil {
 		return g
 	}
-	g := &group{id: id, partition: PartitionOf(id)}
+	g := &group{id: id, partition: PartitionOf(id), memberRecords: noMembers}
 	s.groups[id] = g
 	return g
 }
