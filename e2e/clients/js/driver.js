@@ -17,7 +17,8 @@ async function produce(from, to) {
 }
 
 async function consume(groupId) {
-  const consumer = kafka.consumer({ groupId, sessionTimeout: 6000, heartbeatInterval: 500, rebalanceTimeout: 10000, metadataMaxAge: 5000, maxWaitTimeInMs: 500 });
+  // kafkajs sends no heartbeats while its fetches fail: its session must outlast a broker's restart.
+  const consumer = kafka.consumer({ groupId, sessionTimeout: 15000, heartbeatInterval: 500, rebalanceTimeout: 15000, metadataMaxAge: 5000, maxWaitTimeInMs: 500 });
   consumer.on(consumer.events.GROUP_JOIN, ({ payload }) => say(('assigned ' + (payload.memberAssignment[topic] || []).sort().join(',')).trim()));
   await consumer.connect();
   await consumer.subscribe({ topic, fromBeginning: true });
