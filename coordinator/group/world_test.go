@@ -156,7 +156,7 @@ func (w *world) check() {
 		}
 		if g.live != nil && g.live.state == preparingRebalance {
 			for _, m := range c.members { // what a join phase has changed is kept when it ends; who has gone, at once
-				if m.instance == nil && g.live.byID[m.id] == nil {
+				if m.instance == nil && g.live.byID[m.id] == nil || m.instance != nil && g.live.static[*m.instance] == nil {
 					w.t.Fatalf("%s has left group %s, and is back", m.id, id)
 				}
 			}
