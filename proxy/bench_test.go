@@ -6,13 +6,14 @@ import (
 	"io"
 	"net"
 	"slices"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
 )
 
 // echoServer answers ApiVersions, and any other request with a reply of some bytes, with as little work as it can.
-func echoServer(b *testing.B, size int) string {
+func echoServer(b *testing.B, size int, sendBuffer ...int) string {
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		b.Fatal(err)
@@ -25,6 +26,9 @@ func echoServer(b *testing.B, size int) string {
 			c, err := ln.Accept()
 			if err != nil {
 				return
+			}
+			for _, n := range sendBuffer {
+				_ = c.(*net.TCPConn).SetWriteBuffer(n)
 			}
 			go func() {
 				defer c.Close()
@@ -140,5 +144,48 @@ func BenchmarkFetch(b *testing.B) {
 				}
 			})
 		}
+	}
+}
+
+// BenchmarkFetchInParallel reads replies of 1 MiB on six connections at once from a server whose sockets take as little
+// at a time as Kafka's (socket.send.buffer.bytes), so that replies come in parts.
+func BenchmarkFetchInParallel(b *testing.B) {
+	const size, connections = 1 << 20, 6
+	addr := echoServer(b, size, 100<<10)
+	for _, way := range []string{"direct", "proxy"} {
+		b.Run(way, func(b *testing.B) {
+			to := addr
+			if way == "proxy" {
+				to = start(b, config(addr)).Addr().String()
+			}
+			request := frame(1, 4, 1, make([]byte, 30))
+			b.SetBytes(size)
+			b.ResetTimer()
+			used := cpu()
+			var all sync.WaitGroup
+			for i := range connections {
+				all.Go(func() {
+					c, err := net.Dial("tcp", to)
+					if err != nil {
+						b.Error(err)
+						return
+					}
+					defer c.Close()
+					buf := make([]byte, 8+size)
+					for range (b.N + i) / connections {
+						if _, err := c.Write(request); err != nil {
+							b.Error(err)
+							return
+						}
+						if _, err := io.ReadFull(c, buf); err != nil {
+							b.Error(err)
+							return
+						}
+					}
+				})
+			}
+			all.Wait()
+			b.ReportMetric((cpu()-used).Seconds()/(float64(b.N)*float64(size)/1e9), "cpu-s/GB")
+		})
 	}
 }
