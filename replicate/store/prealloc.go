@@ -8,6 +8,7 @@ import (
 	"strconv"
 	"strings"
 	"sync/atomic"
+	"time"
 )
 
 const (
@@ -20,6 +21,9 @@ const (
 	// be seen in the commits' p99.
 	preallocEvery = 128 << 10
 	preallocChunk = 256 << 10
+	// preallocWithin is how soon preallocEvery must be reached: 2 MiB/s. Below that there is no queue of commits that
+	// would gain, and a chunk would only be one commit in a hundred that takes longer.
+	preallocWithin = 64 * time.Millisecond
 
 	// preallocAhead is how many numbers are tried; badger keeps three memtables.
 	preallocAhead = 4
@@ -44,8 +48,9 @@ type prealloc struct {
 	// The goroutine's own.
 	file   string // that badger writes to; "": not known, or done with
 	at     int64  // where file's next chunk begins
-	next   int    // the first number not seen; 0: read the directory
-	barren int64  // bytes since a file was found
+	last   time.Time
+	next   int   // the first number not seen; 0: read the directory
+	barren int64 // bytes since a file was found
 }
 
 // newPrealloc gives nil where it would not help.
@@ -76,6 +81,11 @@ func (p *prealloc) run(stop <-chan struct{}) {
 		case <-p.kick:
 		}
 		p.barren += p.grown.Swap(0)
+		now := time.Now()
+		slow := now.Sub(p.last) > preallocWithin
+		if p.last = now; slow {
+			continue
+		}
 		if file := p.newest(); file != "" {
 			p.file, p.at = file, 0
 		}
