@@ -164,15 +164,20 @@ func (m *mover) move(dst net.Conn, src *frameReader, n int, by way) error {
 	if toTCP && fromTCP && n > 0 {
 		select {
 		case m.splices <- struct{}{}:
-			defer func() { <-m.splices }()
-			return m.splice(to, from, n, by)
+			var err error
+			if n, err = m.splice(to, from, n, by); err != nil {
+				return err
+			}
 		default: // enough of them under way
 		}
 	}
 	return m.copy(dst, src.conn, n, by)
 }
 
-func (m *mover) splice(dst, src *net.TCPConn, n int, by way) error {
+// splice moves n bytes, or gives up when a piece has come to nothing: a sender that pauses shall not keep others from
+// splicing. It gives how many are left.
+func (m *mover) splice(dst, src *net.TCPConn, n int, by way) (left int, err error) {
+	defer func() { <-m.splices }()
 	m.metrics.Add(tracing.Splices, 1)
 	piece := io.LimitedReader{R: src}
 	for n > 0 {
@@ -184,11 +189,11 @@ func (m *mover) splice(dst, src *net.TCPConn, n int, by way) error {
 		if err == nil && moved == 0 {
 			err = io.ErrUnexpectedEOF
 		}
-		if err = by.moved(int(moved), err); err != nil {
-			return err
+		if err = by.moved(int(moved), err); err != nil || moved == 0 {
+			return n, err
 		}
 	}
-	return nil
+	return 0, nil
 }
 
 func (m *mover) copy(dst net.Conn, src net.Conn, n int, by way) error {
