@@ -25,7 +25,7 @@
 // -1 is private and takes none. The compactor removes superseded records after HistoryAge or beyond HistoryBytes, and
 // tombstones after TombstoneAge, never the last record of a partition; offsets survive, and gaps may differ.
 //
-// With Fsync badger's write-ahead log gets its blocks a little ahead of its use, a chunk for each 128 KiB appended, so
+// With Fsync, and above 2 MiB/s, badger's write-ahead log gets its blocks a little ahead of its use, chunk by chunk, so
 // that a sync overwrites instead of waiting for the filesystem's journal. It is an aid only: no room, a filesystem that
 // copies on write, a kernel before 5.14, and all goes as without.
 //
