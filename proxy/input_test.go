@@ -216,17 +216,21 @@ func TestForeignCorrelationIDClosesTheConnection(t *testing.T) {
 	}
 }
 
-// What a client does wrong again and again is logged once in a while, however much it varies.
-func TestVaryingMistakesOfAClientAreOneLine(t *testing.T) {
+// Each mistake has a line of its own, but a client that makes one after the other does not fill the log.
+func TestAFloodOfMistakesIsCutShort(t *testing.T) {
+	const mistakeLines = 50
 	b := newBroker(t, 1, echoBody)
 	s := start(t, config(b.addr()))
-	for n := range uint32(5) {
+	for n := range uint32(mistakeLines + 10) {
 		c := dial(t, s.Addr().String())
 		c.sendBytes(binary.BigEndian.AppendUint32(nil, 1<<30+n))
 		c.closed()
 	}
-	if n := strings.Count(s.logs.String(), "--max-frame"); n != 1 {
+	if n := strings.Count(s.logs.String(), "--max-frame"); n != mistakeLines {
 		t.Fatalf("%d lines:\n%s", n, s.logs)
+	}
+	if n := strings.Count(s.logs.String(), "more of the kind"); n != 1 {
+		t.Fatalf("%d lines say that there are more:\n%s", n, s.logs)
 	}
 }
 

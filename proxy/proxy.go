@@ -28,6 +28,7 @@ const (
 	failureDelayMax = 2 * time.Second
 
 	complaintInterval = 10 * time.Second // a complaint that has been logged is not repeated for so long
+	mistakeLines      = 50               // of one kind by one client host are told in that time
 	maxComplaints     = 256              // different ones remembered for that
 )
 
@@ -91,7 +92,7 @@ type Proxy struct {
 
 	complaints struct {
 		sync.Mutex
-		at map[string]time.Time
+		of map[string]complaint
 	}
 }
 
@@ -125,7 +126,7 @@ func New(config Config, c Coordinator, u Upstream, store Store, metrics *tracing
 		mover:  mover{splices: make(chan struct{}, maxSplices), metrics: metrics},
 	}
 	p.held.added = make(chan struct{}, 1)
-	p.complaints.at = map[string]time.Time{}
+	p.complaints.of = map[string]complaint{}
 	p.ctx, p.cancel = context.WithCancel(context.Background())
 	p.table.init(p)
 	return p
@@ -347,26 +348,38 @@ func (p *Proxy) wakeKeeper() {
 	}
 }
 
-// complain logs a warning, the same one at most every ten seconds: whoever makes a mistake repeats it.
-func (p *Proxy) complain(format string, args ...any) {
-	p.complainOf(fmt.Sprintf(format, args...), format, args...)
+// complaint counts the lines of one kind logged since then.
+type complaint struct {
+	since time.Time
+	lines int
 }
 
-// complainOf logs a warning unless one with the same key was logged in the last ten seconds.
-func (p *Proxy) complainOf(key, format string, args ...any) {
+// complain logs a warning, the same one at most every ten seconds.
+func (p *Proxy) complain(format string, args ...any) {
+	text := fmt.Sprintf(format, args...)
+	p.complainOf(text, 1, text)
+}
+
+// complainOf logs a warning unless as many lines as limit have been logged under that key in the last ten seconds.
+func (p *Proxy) complainOf(key string, limit int, text string) {
 	now := time.Now()
 	p.complaints.Lock()
-	last, known := p.complaints.at[key]
-	if known && now.Sub(last) < complaintInterval {
-		p.complaints.Unlock()
-		return
+	c := p.complaints.of[key]
+	if now.Sub(c.since) >= complaintInterval {
+		c = complaint{since: now}
 	}
-	if len(p.complaints.at) >= maxComplaints {
-		clear(p.complaints.at)
+	c.lines++
+	if len(p.complaints.of) >= maxComplaints {
+		clear(p.complaints.of)
 	}
-	p.complaints.at[key] = now
+	p.complaints.of[key] = c
 	p.complaints.Unlock()
-	p.logger.Warn(fmt.Sprintf(format, args...))
+	switch {
+	case c.lines < limit || limit == 1 && c.lines == 1:
+		p.logger.Warn(text)
+	case c.lines == limit:
+		p.logger.Warn(text + "; more of the kind will not be told for ten seconds")
+	}
 }
 
 // failureDelay says how long to wait before a client is closed whose broker cannot be reached; clients reset their own

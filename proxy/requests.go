@@ -61,7 +61,8 @@ func (c *conn) report(err error) bool {
 	if h, _, err := net.SplitHostPort(host); err == nil {
 		host = h
 	}
-	c.proxy.complainOf(fmt.Sprint(m.kind, host), "client %s at %s: %s; its connection is closed", host, c.client.LocalAddr(), m.text)
+	c.proxy.complainOf(fmt.Sprint(m.kind, host), mistakeLines,
+		fmt.Sprintf("client %s at %s: %s; its connection is closed", host, c.client.LocalAddr(), m.text))
 	return true
 }
 
