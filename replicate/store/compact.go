@@ -14,7 +14,7 @@ import (
 // stay for HistoryAge, and at most about HistoryBytes of them.
 const (
 	HistoryAge   = 10 * time.Minute
-	HistoryBytes = 16 << 20
+	HistoryBytes = 4 << 20
 	TombstoneAge = 24 * time.Hour
 
 	compactCheck = 5 * time.Second
