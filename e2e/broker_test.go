@@ -189,7 +189,9 @@ func TestDeadBrokersListenerKnowsTheNewLeader(t *testing.T) {
 				check(t, victim.Signal(syscall.SIGSTOP))
 				defer func() { _ = victim.Signal(syscall.SIGCONT) }()
 			}
-			cl := franz(t, addr, kgo.RecordPartitioner(kgo.ManualPartitioner()), kgo.ProducerLinger(0), kgo.DialTimeout(2*time.Second))
+			// Not idempotent: a producer id needs Kafka's controller, which may be the very broker that is silent.
+			cl := franz(t, addr, kgo.RecordPartitioner(kgo.ManualPartitioner()), kgo.ProducerLinger(0), kgo.DialTimeout(2*time.Second),
+				kgo.DisableIdempotentWrite(), kgo.MaxProduceRequestsInflightPerBroker(1))
 			var acked atomic.Int64
 			cl.Produce(t.Context(), &kgo.Record{Topic: name, Partition: 0, Value: []byte("x")}, func(_ *kgo.Record, err error) {
 				if err == nil {
