@@ -194,7 +194,7 @@ func (f *files) prepare() error {
 		if dbErr != nil && mark.index > 0 {
 			return &DamagedError{Dir: f.dir, Reason: fmt.Sprintf("its database is gone, but %d entries were acknowledged", mark.index), Err: dbErr}
 		}
-		return nil
+		return f.sweep()
 	}
 	if dbErr == nil {
 		return &DamagedError{Dir: f.dir, Reason: "it has a database but no file " + formatName}
@@ -209,6 +209,30 @@ func (f *files) prepare() error {
 	}
 	if err := errors.Join(os.Rename(tmp, f.path(formatName)), syncDir(f.dir)); err != nil {
 		return fmt.Errorf("writing %s: %w", f.path(formatName), err)
+	}
+	return nil
+}
+
+// sweep deletes the logs of badger that hold no byte. Badger creates a log and then gives it its size; a kill in
+// between leaves one with which badger does not open, and which never held anything.
+func (f *files) sweep() error {
+	names, err := os.ReadDir(f.database())
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("sweeping %s: %w", f.database(), err)
+	}
+	for _, e := range names {
+		if suffix := filepath.Ext(e.Name()); suffix != walSuffix && suffix != valueLogSuffix || !e.Type().IsRegular() {
+			continue
+		}
+		name := filepath.Join(f.database(), e.Name())
+		info, err := e.Info()
+		if err == nil && info.Size() == 0 {
+			f.log.Info("deleting an empty log that a kill left", "file", name)
+			err = os.Remove(name)
+		}
+		if err != nil {
+			return fmt.Errorf("sweeping %s: %w", name, err)
+		}
 	}
 	return nil
 }

@@ -12,7 +12,8 @@ import (
 )
 
 const (
-	walSuffix = ".mem" // badger's write-ahead logs: 00001.mem and so on, ascending
+	walSuffix      = ".mem" // badger's write-ahead logs: 00001.mem and so on, ascending
+	valueLogSuffix = ".vlog"
 	// walBytes is what badger uses of a log before it begins the next; the file is twice a memtable long.
 	walBytes = memTableBytes + 256<<10
 

@@ -263,6 +263,24 @@ func TestAVanishedDatabaseIsDamage(t *testing.T) {
 	}
 }
 
+// A kill between badger's creation of a log and its first sizing leaves a file of no bytes.
+func TestEmptyLogsOfTheDatabaseAreNoDamage(t *testing.T) {
+	dir := t.TempDir()
+	r := openTest(t, dir)
+	r.mustStore(entries(1, 1, 10, 100))
+	r.close()
+	for _, name := range []string{"00099.mem", "000099.vlog"} {
+		if err := os.WriteFile(filepath.Join(dir, databaseName, name), nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	r.open()
+	r.wantEnds(1, 10)
+	r.mustStore(entries(1, 11, 20, 100))
+	r.reopen()
+	r.wantEnds(1, 20)
+}
+
 func TestQuarantineMovesTheDamageAsideAndStartsAsANewNode(t *testing.T) {
 	r := openTest(t, t.TempDir())
 	id := r.ID()
