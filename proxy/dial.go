@@ -345,6 +345,7 @@ func (p *Proxy) connect(ctx context.Context, addr string) (net.Conn, *kmsg.ApiVe
 		p.dialFailed(ctx, addr, err)
 		return nil, nil, fmt.Errorf("dialling %s: %w", addr, err)
 	}
+	unpaced(conn)
 	stop := context.AfterFunc(ctx, func() { _ = conn.Close() })
 	versions, err := askVersions(conn)
 	if !stop() && err == nil {

@@ -45,3 +45,22 @@ func hungUp(conn net.Conn) bool {
 	})
 	return err != nil || gone
 }
+
+// unpaced keeps the kernel from pacing a connection within this host. Where the default is BBR, it would send loopback
+// at its estimate of a path that has none, a timer per segment: a third of the proxy's time. Elsewhere the choice is
+// the system's.
+func unpaced(conn net.Conn) {
+	tcp, ok := conn.(*net.TCPConn)
+	if !ok {
+		return
+	}
+	if remote, ok := tcp.RemoteAddr().(*net.TCPAddr); !ok || !remote.IP.IsLoopback() {
+		return
+	}
+	raw, err := tcp.SyscallConn()
+	if err != nil {
+		return
+	}
+	// Reno is in every kernel, and free to all. Without it the connection works as well.
+	_ = raw.Control(func(fd uintptr) { _ = unix.SetsockoptString(int(fd), unix.IPPROTO_TCP, unix.TCP_CONGESTION, "reno") })
+}

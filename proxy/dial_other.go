@@ -9,3 +9,6 @@ func ended(net.Conn) bool { return false }
 
 // hungUp cannot tell here either; a client that has gone is then noticed when it is written to.
 func hungUp(net.Conn) bool { return false }
+
+// unpaced has nothing to do here.
+func unpaced(net.Conn) {}

@@ -270,6 +270,7 @@ func (p *Proxy) acceptFrom(l *listener, ln net.Listener) {
 		switch {
 		case err == nil:
 			backoff = acceptBackoffMin
+			unpaced(client)
 			p.serve(l, client)
 		case errors.Is(err, net.ErrClosed) || p.ctx.Err() != nil || !isSyscall(err):
 			return
