@@ -16,7 +16,8 @@
 // keeper flushes them to the compacted log every 5 s or 8 MiB, for a snapshot and on Close. A flush is a row of
 // transactions of whole entries, and each moves `applied` (raft index and term, the next entry expected, each
 // partition's next offset, the configuration) together with the records. So there is no half-flushed state: what a
-// crash cut off is replayed from raft's log, and gets the same offsets again.
+// crash cut off is replayed from raft's log, and gets the same offsets again. Of a large tail a transaction keeps the
+// newest record per key alone: the rest would be compacted away within seconds.
 //
 // `applied` is also the snapshot. Taking one flushes the tail and writes nothing else; Snapshots.Open streams the
 // compacted log out of the read transaction its meta came from; Restore replaces everything by such a stream.

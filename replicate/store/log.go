@@ -1,9 +1,11 @@
 package store
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"math"
+	"slices"
 	"time"
 
 	badger "github.com/dgraph-io/badger/v4"
@@ -43,7 +45,7 @@ func (s *Store) Configuration(index, term uint64, encoded []byte) error {
 func (s *Store) appendTail(e tailEntry) error {
 	e.bytes = 64
 	for i := range e.records {
-		e.bytes += len(e.records[i].Key) + len(e.records[i].Value) + 48
+		e.bytes += recordBytes(&e.records[i])
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -69,6 +71,9 @@ func (s *Store) appendTail(e tailEntry) error {
 	}
 	return nil
 }
+
+// recordBytes is about what a record takes in the tail.
+func recordBytes(r *Record) int { return len(r.Key) + len(r.Value) + 48 }
 
 // place takes a partition's next offset.
 func (s *State) place(partition int32) int64 {
@@ -103,21 +108,24 @@ func (s *Store) Flush(index uint64) error {
 func (s *Store) flush(index uint64) error {
 	s.flushMu.Lock()
 	defer s.flushMu.Unlock()
+	thin := false
 	for {
-		chunk := s.chunk(index)
-		if len(chunk) == 0 {
+		tail, bytes := s.head(index)
+		if len(tail) == 0 {
 			return nil
 		}
 		if err := s.checkSpace(); err != nil {
 			return err
 		}
-		state := s.flushed.clone()
-		written, err := s.write(chunk, &state)
+		thin = thin || bytes >= thinFrom
+		w := flushWriter{now: time.Now().Truncate(time.Millisecond), thin: thin, state: s.flushed.clone(), newest: map[string]int{}}
+		chunk := w.gather(tail)
+		written, err := w.write(s)
 		if err != nil {
 			return fmt.Errorf("flushing entries %d to %d: %w", chunk[0].index, chunk[len(chunk)-1].index, err)
 		}
 		s.mu.Lock()
-		s.flushed = state
+		s.flushed = w.state
 		for i := range chunk {
 			s.tailBytes -= chunk[i].bytes
 			chunk[i] = tailEntry{} // the array lives on under the rest of the tail
@@ -131,88 +139,110 @@ func (s *Store) flush(index uint64) error {
 	}
 }
 
-// chunk is the head of the tail that goes into one transaction: whole entries, at least one.
-func (s *Store) chunk(index uint64) []tailEntry {
+// head is the tail up to index, and the bytes of all of it.
+func (s *Store) head(index uint64) (head []tailEntry, bytes int) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	n, bytes, records := 0, 0, 0
-	for n < len(s.tail) && s.tail[n].index <= index {
-		bytes += s.tail[n].bytes
-		records += len(s.tail[n].records)
-		if n > 0 && (bytes > flushTxnBytes || records > MaxEntryRecords) {
-			break
+	n, _ := slices.BinarySearchFunc(s.tail, index, func(e tailEntry, index uint64) int {
+		if e.index <= index {
+			return -1
 		}
-		n++
-	}
-	return s.tail[:n:n]
+		return 1
+	})
+	return s.tail[:n:n], s.tailBytes
 }
 
-// write puts a chunk into the compacted log and moves state to its end, in one transaction.
-func (s *Store) write(chunk []tailEntry, state *State) (written int64, err error) {
-	now := time.Now().Truncate(time.Millisecond)
-	w := flushWriter{now: now, blocks: map[int32]*block{}, latest: map[string]Stored{}}
-	for i := range chunk {
-		e := &chunk[i]
-		for p := range e.records {
-			w.add(&Stored{Record: e.records[p], Offset: e.offsets[p], Index: e.index, Position: p, Time: now})
-			state.place(e.records[p].Partition)
+// flushWriter gathers what one transaction writes.
+type flushWriter struct {
+	now     time.Time
+	thin    bool  // records that this transaction supersedes are left out
+	state   State // at the end of what was gathered
+	records []Stored
+	newest  map[string]int // by the key in latest: where in records
+	bytes   int
+	key     []byte
+}
+
+// gather takes as much of the tail as goes into one transaction: whole entries, at least one.
+func (w *flushWriter) gather(tail []tailEntry) (chunk []tailEntry) {
+	n := 0
+	for n < len(tail) {
+		e := &tail[n]
+		if n > 0 && (w.bytes+e.bytes > flushTxnBytes || len(w.records)+len(e.records) > MaxEntryRecords) {
+			break
 		}
-		state.advance(e)
+		for p := range e.records {
+			w.add(Stored{Record: e.records[p], Offset: e.offsets[p], Index: e.index, Position: p, Time: w.now})
+			w.state.place(e.records[p].Partition)
+		}
+		w.state.advance(e)
+		n++
 	}
-	for _, b := range w.blocks {
-		w.cut(b)
+	return tail[:n]
+}
+
+func (w *flushWriter) add(r Stored) {
+	w.bytes += recordBytes(&r.Record)
+	w.key = appendLatestKey(w.key[:0], r.Partition, r.Key)
+	at, known := w.newest[string(w.key)]
+	if known && w.thin {
+		w.bytes -= recordBytes(&w.records[at].Record)
+		w.records[at] = r
+		return
 	}
+	w.newest[string(w.key)] = len(w.records)
+	w.records = append(w.records, r)
+}
+
+// write puts what was gathered into the compacted log, and the state after it, in one transaction.
+func (w *flushWriter) write(s *Store) (written int64, err error) {
+	pairs := w.blocks()
 	err = s.update(func(txn *badger.Txn) error {
-		for _, kv := range w.done {
+		for _, kv := range pairs {
 			if err := txn.Set(kv[0], kv[1]); err != nil {
 				return err
 			}
 			written += int64(len(kv[1]))
 		}
-		for key, r := range w.latest {
+		for key, at := range w.newest {
 			k := []byte(key)
-			if err := txn.Set(k, encodeLatest(k, &r)); err != nil {
+			if err := txn.Set(k, encodeLatest(k, &w.records[at])); err != nil {
 				return err
 			}
 		}
-		return txn.Set(appliedKey, seal(appliedKey, state.encode()))
+		return txn.Set(appliedKey, seal(appliedKey, w.state.encode()))
 	})
 	return written, err
 }
 
-// flushWriter gathers what one transaction writes.
-type flushWriter struct {
-	now    time.Time
-	blocks map[int32]*block // being built, by partition
-	done   [][2][]byte
-	latest map[string]Stored
-	key    []byte
-}
-
-func (w *flushWriter) add(r *Stored) {
-	w.key = appendLatestKey(w.key[:0], r.Partition, r.Key)
-	w.latest[string(w.key)] = *r
-	if r.Partition < 0 {
-		return
+// blocks gives the keys and values of the compacted log, each partition's records in the order of their offsets.
+func (w *flushWriter) blocks() (pairs [][2][]byte) {
+	order := make([]*Stored, 0, len(w.records))
+	for i := range w.records {
+		if w.records[i].Partition >= 0 {
+			order = append(order, &w.records[i])
+		}
 	}
-	b := w.blocks[r.Partition]
-	if b == nil {
-		b = &block{partition: r.Partition, time: w.now.UnixMilli()}
-		w.blocks[r.Partition] = b
+	slices.SortFunc(order, func(a, b *Stored) int {
+		return cmp.Or(cmp.Compare(a.Partition, b.Partition), cmp.Compare(a.Offset, b.Offset))
+	})
+	b := block{time: w.now.UnixMilli()}
+	cut := func() {
+		if b.count > 0 {
+			key, value := b.encode()
+			pairs = append(pairs, [2][]byte{key, value})
+			b.count, b.body = 0, b.body[:0] // encode has copied it
+		}
 	}
-	b.add(r)
-	if len(b.body) >= blockBytes {
-		w.cut(b)
+	for _, r := range order {
+		if r.Partition != b.partition || len(b.body) >= blockBytes {
+			cut()
+			b.partition = r.Partition
+		}
+		b.add(r)
 	}
-}
-
-func (w *flushWriter) cut(b *block) {
-	if b.count == 0 {
-		return
-	}
-	key, value := b.encode()
-	w.done = append(w.done, [2][]byte{key, value})
-	*b = block{partition: b.partition, time: b.time, body: b.body[:0]} // encode has copied it
+	cut()
+	return pairs
 }
 
 // view is a read transaction and the tail that lies upon it.

@@ -234,6 +234,57 @@ func TestCompactionKeepsTheNewestPerKeyAndTheOffsets(t *testing.T) {
 	}
 }
 
+func TestAFlushOfALargeTailLeavesOutWhatItSupersedes(t *testing.T) {
+	r := openTest(t, t.TempDir())
+	const keys, rounds = 10, 20
+	value := func(round, key int) string { return fmt.Sprintf("%0*d", thinFrom/keys/(rounds-1), round*keys+key) }
+	for round := range rounds {
+		var records []Record
+		for key := range keys {
+			records = append(records, rec(int32(key%2), fmt.Sprint("k", key), value(round, key)))
+		}
+		r.apply(append(records, rec(-1, "private", fmt.Sprint(round)))...)
+	}
+	r.apply(tombstone(0, "k0"), tombstone(-1, "private"))
+	r.flushAll()
+	for range 2 {
+		want := map[string]string{}
+		for key := 1; key < keys; key++ {
+			want[fmt.Sprintf("%d/k%d", key%2, key)] = value(rounds-1, key)
+		}
+		if got := r.latest(); !maps.Equal(got, want) {
+			t.Fatalf("latest has %d keys, want %d: %.200v", len(got), len(want), got)
+		}
+		kept := 0
+		for p := range int32(2) {
+			newest := map[string]Stored{}
+			for _, s := range r.read(p, 0) {
+				// Where a record was put does not depend on what was left out.
+				if round := s.Offset / (keys / 2); s.Index != uint64(round)+1 {
+					t.Fatalf("offset %d of partition %d is of entry %d", s.Offset, p, s.Index)
+				}
+				newest[string(s.Key)] = s
+				kept++
+			}
+			if len(newest) != keys/2 {
+				t.Fatalf("partition %d has %d keys", p, len(newest))
+			}
+			for key, s := range newest {
+				if string(s.Value) != want[fmt.Sprintf("%d/%s", p, key)] {
+					t.Fatalf("partition %d: the newest record of %s is another in the log", p, key)
+				}
+			}
+		}
+		if kept >= keys*rounds {
+			t.Fatalf("%d records in the log, as many as were appended", kept)
+		}
+		if next := r.State().Next; next[0] != keys/2*rounds+1 || next[1] != keys/2*rounds {
+			t.Fatal(next)
+		}
+		r.reopen()
+	}
+}
+
 func TestTombstonesStayADayAndTheLastRecordForEver(t *testing.T) {
 	now := time.Now()
 	r := openTest(t, "")

@@ -20,7 +20,8 @@ import (
 
 // Limits of the store. A transaction of badger may hold 15 % of a memtable: 1.2 MiB and some 12,000 keys.
 const (
-	memTableBytes = 8 << 20
+	memTableBytes  = 8 << 20
+	baseLevelBytes = 128 << 20
 
 	// MaxKeyBytes and MaxEntryRecords are what one entry must keep to be flushed in one transaction.
 	MaxKeyBytes     = 40 << 10
@@ -30,7 +31,11 @@ const (
 	flushEvery    = 5 * time.Second
 	tailMaxBytes  = 16 << 20  // Append waits for the flush beyond this
 	flushTxnBytes = 256 << 10 // of one flush transaction: small, so that an append waits a millisecond, not ten
-	keepEvery     = time.Second
+	// thinFrom is how large a tail must be for a flush to leave out what the same transaction supersedes: some 2,000
+	// commits a second. Below that the history keeps every commit for its first minutes; above, HistoryBytes would drop
+	// most of them anyway, after they have been written three times.
+	thinFrom  = 1 << 20
+	keepEvery = time.Second
 )
 
 // Options of a Store.
@@ -157,6 +162,9 @@ func (s *Store) badgerOptions() badger.Options {
 		WithInMemory(dir == "").
 		WithSyncWrites(s.opt.Fsync).
 		WithMemTableSize(memTableBytes).
+		// Up to this size the tree is level 0 and the last one: with 10 MiB each byte was written once more for level 5,
+		// and for large commits once more for level 4.
+		WithBaseLevelSize(baseLevelBytes).
 		// Fewer tables in level 0 (2, stalled at 4) made writers wait for compaction: a third of the throughput.
 		WithNumMemtables(3).
 		WithNumLevelZeroTables(5).
