@@ -118,8 +118,16 @@ func (s *Store) flush(index uint64) error {
 			return err
 		}
 		thin = thin || bytes >= thinFrom
-		w := flushWriter{now: time.Now().Truncate(time.Millisecond), thin: thin, state: s.flushed.clone(), newest: map[string]int{}}
-		chunk := w.gather(tail)
+		w := s.newFlushWriter(thin)
+		limit := flushTxnBytes
+		if thin {
+			limit = thinTxnBytes
+		}
+		chunk := w.gather(tail, limit)
+		if thin && w.superseded < len(w.records) { // it saves too little to be worth the longer wait
+			w = s.newFlushWriter(thin)
+			chunk = w.gather(tail, flushTxnBytes)
+		}
 		written, err := w.write(s)
 		if err != nil {
 			return fmt.Errorf("flushing entries %d to %d: %w", chunk[0].index, chunk[len(chunk)-1].index, err)
@@ -159,16 +167,22 @@ type flushWriter struct {
 	state   State // at the end of what was gathered
 	records []Stored
 	newest  map[string]int // by the key in latest: where in records
-	bytes   int
+	bytes   int            // of records
 	key     []byte
+
+	superseded int // how many were left out
 }
 
-// gather takes as much of the tail as goes into one transaction: whole entries, at least one.
-func (w *flushWriter) gather(tail []tailEntry) (chunk []tailEntry) {
+func (s *Store) newFlushWriter(thin bool) *flushWriter {
+	return &flushWriter{now: time.Now().Truncate(time.Millisecond), thin: thin, state: s.flushed.clone(), newest: map[string]int{}}
+}
+
+// gather takes as much of the tail as gives a transaction of limit bytes: whole entries, at least one.
+func (w *flushWriter) gather(tail []tailEntry, limit int) (chunk []tailEntry) {
 	n := 0
 	for n < len(tail) {
 		e := &tail[n]
-		if n > 0 && (w.bytes+e.bytes > flushTxnBytes || len(w.records)+len(e.records) > MaxEntryRecords) {
+		if bytes, records := w.growth(e, limit); n > 0 && (w.bytes+bytes > limit || len(w.records)+records > MaxEntryRecords) {
 			break
 		}
 		for p := range e.records {
@@ -181,6 +195,24 @@ func (w *flushWriter) gather(tail []tailEntry) (chunk []tailEntry) {
 	return tail[:n]
 }
 
+// growth is at most what an entry adds; near the limit it is worth to look which keys are new.
+func (w *flushWriter) growth(e *tailEntry, limit int) (bytes, records int) {
+	if !w.thin || w.bytes+e.bytes <= limit && len(w.records)+len(e.records) <= MaxEntryRecords {
+		return e.bytes, len(e.records)
+	}
+	for p := range e.records {
+		r := &e.records[p]
+		bytes += recordBytes(r)
+		w.key = appendLatestKey(w.key[:0], r.Partition, r.Key)
+		if at, known := w.newest[string(w.key)]; known {
+			bytes -= recordBytes(&w.records[at].Record)
+		} else {
+			records++
+		}
+	}
+	return bytes, records
+}
+
 func (w *flushWriter) add(r Stored) {
 	w.bytes += recordBytes(&r.Record)
 	w.key = appendLatestKey(w.key[:0], r.Partition, r.Key)
@@ -188,6 +220,7 @@ func (w *flushWriter) add(r Stored) {
 	if known && w.thin {
 		w.bytes -= recordBytes(&w.records[at].Record)
 		w.records[at] = r
+		w.superseded++
 		return
 	}
 	w.newest[string(w.key)] = len(w.records)
