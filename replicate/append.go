@@ -21,6 +21,7 @@ type pending struct {
 // comes while entries are in flight is gathered by the coordinator into its next one.
 func (n *Node) append() {
 	defer close(n.inFlight)
+	var encoder entryEncoder
 	for {
 		select {
 		case n.slots <- struct{}{}:
@@ -29,7 +30,7 @@ func (n *Node) append() {
 		}
 		select {
 		case e := <-n.entries:
-			n.inFlight <- n.offer(&e)
+			n.inFlight <- n.offer(&encoder, &e)
 		case <-n.stop:
 			return
 		}
@@ -37,7 +38,7 @@ func (n *Node) append() {
 }
 
 // offer gives one entry to raft, unless its term is over or has failed.
-func (n *Node) offer(e *Entry) pending {
+func (n *Node) offer(encoder *entryEncoder, e *Entry) pending {
 	p := pending{term: e.Term, sequence: e.Sequence}
 	term, leading := n.leadership()
 	switch {
@@ -51,7 +52,7 @@ func (n *Node) offer(e *Entry) pending {
 		n.fail(e.Term)
 		return p
 	}
-	p.future = n.raft.Apply(e.encode(), 0)
+	p.future = n.raft.Apply(encoder.encode(e), 0)
 	return p
 }
 

@@ -1,16 +1,27 @@
 package replicate
 
 import (
+	"bytes"
 	"encoding/binary"
 	"errors"
 	"fmt"
 
+	"github.com/klauspost/compress/s2"
 	"github.com/offset-sidecar/offset-sidecar/replicate/store"
 )
 
-// entryVersion is the first byte of every entry. A replica stops at one it does not know: skipping would part it from
+// The first byte of every entry is its version. A replica stops at one it does not know: skipping would part it from
 // the others.
-const entryVersion = 1
+const (
+	entryPlain      = 1
+	entryCompressed = 2 // what follows the first byte of a plain one, in S2
+
+	// compressFrom is the size from which compressing is tried. The keys of a commit's records, and those of a group's
+	// commits, differ by a few bytes, and each byte of an entry is written three times and sent to each replica.
+	compressFrom = 512
+	// maxPlain bounds what a compressed entry may claim to be.
+	maxPlain = 2 << 20
+)
 
 var (
 	// ErrEntryTooLarge is why an entry beyond the limits Failed.
@@ -45,11 +56,32 @@ func (e *Entry) check() error {
 
 // encode gives the bytes of docs/formats.md.
 func (e *Entry) encode() []byte {
-	size := 24
-	for i := range e.Records {
-		size += len(e.Records[i].Key) + len(e.Records[i].Value) + 8
+	return new(entryEncoder).encode(e)
+}
+
+// entryEncoder keeps its buffers: raft holds on to what encode gives, which must be no larger than it has to be.
+type entryEncoder struct{ plain, packed []byte }
+
+func (c *entryEncoder) encode(e *Entry) []byte {
+	c.plain = e.appendPlain(c.plain[:0])
+	if len(c.plain) >= compressFrom {
+		if n := s2.MaxEncodedLen(len(c.plain)); cap(c.packed) < n {
+			c.packed = make([]byte, n)
+		}
+		packed := s2.Encode(c.packed[:cap(c.packed)], c.plain[1:])
+		if len(packed) < len(c.plain)-len(c.plain)/8 {
+			return append(append(make([]byte, 0, 1+len(packed)), entryCompressed), packed...)
+		}
 	}
-	b := append(make([]byte, 0, size), entryVersion)
+	b := bytes.Clone(c.plain)
+	if cap(c.plain) > 2*EntryBytes {
+		*c = entryEncoder{} // a single large record
+	}
+	return b
+}
+
+func (e *Entry) appendPlain(b []byte) []byte {
+	b = append(b, entryPlain)
 	b = binary.AppendUvarint(b, e.Term)
 	b = binary.AppendUvarint(b, e.Sequence)
 	b = binary.AppendUvarint(b, uint64(len(e.Records)))
@@ -68,15 +100,27 @@ func (e *Entry) encode() []byte {
 	return b
 }
 
-// decodeEntry reads what encode wrote. Keys and values alias b.
+// decodeEntry reads what encode wrote. Keys and values alias b, or what it was before compression.
 func decodeEntry(b []byte) (Entry, error) {
 	if len(b) == 0 {
 		return Entry{}, errMalformedEntry
 	}
-	if b[0] != entryVersion {
-		return Entry{}, fmt.Errorf("entry has format version %d, and this version knows %d: run the version that wrote it", b[0], entryVersion)
+	version, body := b[0], b[1:]
+	switch version {
+	case entryPlain:
+	case entryCompressed:
+		if n, err := s2.DecodedLen(body); err != nil || n > maxPlain {
+			return Entry{}, errMalformedEntry
+		}
+		plain, err := s2.Decode(nil, body)
+		if err != nil {
+			return Entry{}, errMalformedEntry
+		}
+		body = plain
+	default:
+		return Entry{}, fmt.Errorf("entry has format version %d, and this version knows up to %d: run the version that wrote it", version, entryCompressed)
 	}
-	d := entryReader{b: b[1:]}
+	d := entryReader{b: body}
 	e := Entry{Term: d.uvarint(), Sequence: d.uvarint()}
 	count := d.uvarint()
 	if count > store.MaxEntryRecords || count > uint64(len(d.b)) {

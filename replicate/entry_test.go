@@ -2,8 +2,11 @@ package replicate
 
 import (
 	"bytes"
+	"crypto/rand"
+	"encoding/binary"
 	"encoding/hex"
 	"errors"
+	"fmt"
 	"reflect"
 	"strings"
 	"testing"
@@ -37,9 +40,51 @@ func TestEntriesThatAreNotOursAreRefused(t *testing.T) {
 	if _, err := decodeEntry(append(bytes.Clone(good), 0)); err == nil {
 		t.Error("an entry with a rest was taken")
 	}
-	good[0] = 2
-	if _, err := decodeEntry(good); err == nil || !strings.Contains(err.Error(), "format version 2") {
+	good[0] = 3
+	if _, err := decodeEntry(good); err == nil || !strings.Contains(err.Error(), "format version 3") {
 		t.Error(err)
+	}
+	large := repetitive().encode()
+	for i := range large {
+		if _, err := decodeEntry(large[:i]); err == nil {
+			t.Errorf("a compressed entry cut at %d was taken", i)
+		}
+	}
+	huge := binary.AppendUvarint([]byte{entryCompressed}, maxPlain+1)
+	if _, err := decodeEntry(append(huge, 0, 0)); !errors.Is(err, errMalformedEntry) {
+		t.Error(err)
+	}
+}
+
+func repetitive() *Entry {
+	e := &Entry{Term: 7, Sequence: 9}
+	for i := range 10 {
+		e.Records = append(e.Records, record(3, fmt.Sprintf("a group and its topic, partition %d", i), fmt.Sprintf("an offset and its metadata, %d", i)))
+	}
+	return e
+}
+
+func TestEntriesThatRepeatThemselvesAreCompressed(t *testing.T) {
+	var c entryEncoder
+	for range 2 { // buffers are used again
+		e := repetitive()
+		plain := e.appendPlain(nil)
+		b := c.encode(e)
+		if b[0] != entryCompressed || len(b) > len(plain)/3 || cap(b) > 2*len(b) {
+			t.Fatalf("version %d, %d bytes of %d, in %d", b[0], len(b), len(plain), cap(b))
+		}
+		if back, err := decodeEntry(b); err != nil || !reflect.DeepEqual(&back, e) {
+			t.Fatalf("%+v %v", back, err)
+		}
+		noise := make([]byte, 4*EntryBytes)
+		_, _ = rand.Read(noise)
+		e = &Entry{Term: 7, Sequence: 10, Records: []Record{record(0, "k", string(noise))}}
+		if b = c.encode(e); b[0] != entryPlain {
+			t.Fatal("noise was compressed")
+		}
+		if back, err := decodeEntry(b); err != nil || !reflect.DeepEqual(&back, e) {
+			t.Fatal(err)
+		}
 	}
 }
 
@@ -66,6 +111,7 @@ func TestEntryLimits(t *testing.T) {
 func FuzzDecodeEntry(f *testing.F) {
 	f.Add((&Entry{Term: 1, Sequence: 1, Records: []Record{record(-1, "k", "v"), {Partition: 3, Key: []byte("gone")}}}).encode())
 	f.Add([]byte{1, 1, 1, 0})
+	f.Add(repetitive().encode())
 	f.Fuzz(func(t *testing.T, b []byte) {
 		e, err := decodeEntry(b)
 		if err != nil {
