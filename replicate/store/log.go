@@ -108,7 +108,7 @@ func (s *Store) Flush(index uint64) error {
 func (s *Store) flush(index uint64) error {
 	s.flushMu.Lock()
 	defer s.flushMu.Unlock()
-	thin := false
+	thin, limit := false, flushTxnBytes
 	for {
 		tail, bytes := s.head(index)
 		if len(tail) == 0 {
@@ -117,16 +117,15 @@ func (s *Store) flush(index uint64) error {
 		if err := s.checkSpace(); err != nil {
 			return err
 		}
-		thin = thin || bytes >= thinFrom
-		w := s.newFlushWriter(thin)
-		limit := flushTxnBytes
-		if thin {
-			limit = thinTxnBytes
+		if !thin && bytes >= thinFrom {
+			thin, limit = true, thinTxnBytes
 		}
+		w := s.newFlushWriter(thin)
 		chunk := w.gather(tail, limit)
-		if thin && w.superseded < len(w.records) { // it saves too little to be worth the longer wait
+		if limit > flushTxnBytes && w.superseded < len(w.records) { // it saves too little to be worth the longer wait
+			limit = flushTxnBytes
 			w = s.newFlushWriter(thin)
-			chunk = w.gather(tail, flushTxnBytes)
+			chunk = w.gather(tail, limit)
 		}
 		written, err := w.write(s)
 		if err != nil {

@@ -192,9 +192,14 @@ func TestTheLargestRecordAndTheLargestEntryFitATransaction(t *testing.T) {
 	r.apply(many...)
 	r.apply(many...)
 	r.flushAll()
+	inline := string(make([]byte, inlineBytes)) // in a block and in latest
+	for i := range 100 {
+		r.apply(rec(1, fmt.Sprint("inline", i%7), inline))
+	}
+	r.flushAll()
 	r.reopen()
 	m := r.latest()
-	if len(m) != MaxEntryRecords+2 || len(m["0/big"]) != 900<<10 || len(m["-1/big"]) != 900<<10 {
+	if len(m) != MaxEntryRecords+2+7 || len(m["0/big"]) != 900<<10 || len(m["-1/big"]) != 900<<10 {
 		t.Fatal(len(m))
 	}
 }
