@@ -19,61 +19,61 @@ type pending struct {
 
 // append takes entries as long as fewer than EntriesInFlight are in flight, and gives them to raft. No linger: what
 // comes while entries are in flight is gathered by the coordinator into its next one.
-func (n *Node) append() {
-	defer close(n.inFlight)
+func (r *replica) append() {
+	defer close(r.inFlight)
 	var encoder entryEncoder
 	for {
 		select {
-		case n.slots <- struct{}{}:
-		case <-n.stop:
+		case r.slots <- struct{}{}:
+		case <-r.stop:
 			return
 		}
 		select {
-		case e := <-n.entries:
-			n.inFlight <- n.offer(&encoder, &e)
-		case <-n.stop:
+		case e := <-r.entries:
+			r.inFlight <- r.offer(&encoder, &e)
+		case <-r.stop:
 			return
 		}
 	}
 }
 
 // offer gives one entry to raft, unless its term is over or has failed.
-func (n *Node) offer(encoder *entryEncoder, e *Entry) pending {
+func (r *replica) offer(encoder *entryEncoder, e *Entry) pending {
 	p := pending{term: e.Term, sequence: e.Sequence}
-	term, leading := n.leadership()
+	term, leading := r.leadership()
 	switch {
-	case !leading || term != e.Term || n.failedTerm.Load() >= e.Term:
+	case !leading || term != e.Term || r.failedTerm.Load() >= e.Term:
 		p.err = ErrNotLeader
 	default:
 		p.err = e.check()
 	}
 	if p.err != nil {
 		// From here on, not only once settle has told: the next entry may already be waiting.
-		n.fail(e.Term)
+		r.fail(e.Term)
 		return p
 	}
-	p.future = n.raft.Apply(encoder.encode(e), 0)
+	p.future = r.raft.Apply(encoder.encode(e), 0)
 	return p
 }
 
 // settle waits for raft's answers in the order of the entries. An answer comes after the fsm has handed the entry on,
 // so a Failed never overtakes an Applied.
-func (n *Node) settle() {
-	for p := range n.inFlight {
+func (r *replica) settle() {
+	for p := range r.inFlight {
 		err := p.err
 		if err == nil {
 			err = p.future.Error()
 		}
 		if err != nil {
-			n.fail(p.term)
-			n.send(Event{Kind: Failed, Term: p.term, Sequence: p.sequence, Err: err})
+			r.fail(p.term)
+			r.send(Event{Kind: Failed, Term: p.term, Sequence: p.sequence, Err: err})
 		}
-		<-n.slots
+		<-r.slots
 	}
 }
 
 // fail lets nothing more of term be appended.
-func (n *Node) fail(term uint64) {
-	for old := n.failedTerm.Load(); old < term && !n.failedTerm.CompareAndSwap(old, term); old = n.failedTerm.Load() {
+func (r *replica) fail(term uint64) {
+	for old := r.failedTerm.Load(); old < term && !r.failedTerm.CompareAndSwap(old, term); old = r.failedTerm.Load() {
 	}
 }

@@ -28,7 +28,7 @@ func TestNotActiveUponAnEntryItCannotRead(t *testing.T) {
 		h := openHarness(t, c)
 		h.active()
 		h.commit(record(0, "k", "v"))
-		_ = h.n.raft.Apply([]byte{99, 1, 2, 3}, 0).Error() // of a version to come
+		_ = h.n.running.Load().raft.Apply([]byte{99, 1, 2, 3}, 0).Error() // of a version to come
 		for range h.n.Events() {
 		}
 		h.n.Close()

@@ -89,7 +89,7 @@ func TestAnEntryOfAnUnknownVersionEndsTheNode(t *testing.T) {
 	h := openHarness(t, testConfig(dir))
 	h.active()
 	h.commit(record(0, "a", "1"))
-	h.n.raft.Apply([]byte{entryCompressed + 1, 1, 2, 3}, 0)
+	h.n.running.Load().raft.Apply([]byte{entryCompressed + 1, 1, 2, 3}, 0)
 	for range 2 { // it is not skipped at the next start either
 		for range h.n.Events() {
 		}
@@ -101,8 +101,8 @@ func TestAnEntryOfAnUnknownVersionEndsTheNode(t *testing.T) {
 	}
 }
 
-// replica is a raft member made of this package's fsm and store, without a Node.
-type replica struct {
+// bareReplica is a raft member made of this package's fsm and store, without a Node.
+type bareReplica struct {
 	*testing.T
 	store  *store.Store
 	raft   *raft.Raft
@@ -110,13 +110,13 @@ type replica struct {
 	resets int
 }
 
-func openReplica(t *testing.T, dir string, bootstrap bool) *replica {
+func openReplica(t *testing.T, dir string, bootstrap bool) *bareReplica {
 	t.Helper()
 	s, err := store.Open(store.Options{Dir: dir, Fsync: true})
 	if err != nil {
 		t.Fatal(err)
 	}
-	r := &replica{T: t, store: s}
+	r := &bareReplica{T: t, store: s}
 	id := raft.ServerID(s.ID())
 	_, r.inner = raft.NewInmemTransport(raft.ServerAddress(id))
 	if bootstrap {
@@ -140,14 +140,14 @@ func openReplica(t *testing.T, dir string, bootstrap bool) *replica {
 	return r
 }
 
-func (r *replica) close() {
+func (r *bareReplica) close() {
 	r.Helper()
 	if err := errors.Join(r.raft.Shutdown().Error(), r.store.Close()); err != nil {
 		r.Error(err)
 	}
 }
 
-func (r *replica) await(what string, ok func() bool) {
+func (r *bareReplica) await(what string, ok func() bool) {
 	r.Helper()
 	for deadline := time.Now().Add(20 * time.Second); !ok(); time.Sleep(5 * time.Millisecond) {
 		if time.Now().After(deadline) {
@@ -156,7 +156,7 @@ func (r *replica) await(what string, ok func() bool) {
 	}
 }
 
-func (r *replica) latest() map[string]string {
+func (r *bareReplica) latest() map[string]string {
 	m := map[string]string{}
 	if err := r.store.Latest(func(rec Record) error {
 		m[fmt.Sprintf("%d/%s", rec.Partition, rec.Key)] = string(rec.Value)

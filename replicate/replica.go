@@ -1,0 +1,219 @@
+package replicate
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/hashicorp/raft"
+	"github.com/offset-sidecar/offset-sidecar/replicate/store"
+)
+
+// Limits of raft's log: a snapshot, which flushes the tail, is taken after so many entries or bytes; of what it makes
+// superfluous as much stays for followers that were away.
+const (
+	snapshotEntries = 8192
+	trailingEntries = 10240
+	logBytes        = 16 << 20
+	trailingBytes   = 4 << 20
+	trimEvery       = 2 * time.Second
+)
+
+// replica is one run of raft over the store: from the time this node is a member of the cluster's configuration, or
+// about to become one, until it is removed or the node ends. A node has one at a time at most; a forwarder has none.
+type replica struct {
+	log       *slog.Logger
+	store     *store.Store
+	raft      *raft.Raft
+	transport *transport
+	fsm       *fsm
+	id        raft.ServerID
+	retry     time.Duration
+	send      func(Event) bool // to the node's events; false: the node is ending
+	entries   <-chan Entry
+
+	inFlight chan pending
+	slots    chan struct{} // one for each entry in flight
+
+	failedTerm atomic.Uint64 // an entry of it failed
+	resigned   atomic.Uint64 // the newest term to resign
+	wake       chan struct{} // resigned has changed
+
+	stop    chan struct{}
+	workers sync.WaitGroup
+}
+
+// startReplica brings raft up over what the store holds, through the transport given.
+func (n *Node) startReplica(inner raft.Transport) (*replica, error) {
+	r := &replica{
+		log: n.log, store: n.store, id: n.id, retry: n.config.RaftTimeout, send: n.send, entries: n.entries,
+		inFlight: make(chan pending, EntriesInFlight),
+		slots:    make(chan struct{}, EntriesInFlight),
+		wake:     make(chan struct{}, 1),
+		stop:     make(chan struct{}),
+	}
+	r.fsm = &fsm{store: n.store, send: n.send, fatal: func(err error) { go n.fatal(err) }}
+	r.fsm.resume()
+	if !n.send(Event{Kind: Reset}) {
+		return nil, errEnding
+	}
+	r.transport = newTransport(inner)
+	var err error
+	r.raft, err = raft.NewRaft(raftConfig(n.config, n.id), r.fsm, n.store.RaftLog(), n.store.Stable(), n.store.Snapshots(), r.transport)
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("starting raft: %w", err), r.transport.Close())
+	}
+	r.workers.Go(r.lead)
+	r.workers.Go(r.append)
+	r.workers.Go(r.settle)
+	r.workers.Go(r.trim)
+	return r, nil
+}
+
+// shut ends the run. Raft goes on until the workers have their answers: what is on its way to the fsm when raft is shut
+// down is never answered.
+func (r *replica) shut() error {
+	close(r.stop)
+	r.workers.Wait()
+	return errors.Join(r.raft.Shutdown().Error(), r.transport.Close())
+}
+
+func raftConfig(c Config, id raft.ServerID) *raft.Config {
+	rc := raft.DefaultConfig()
+	rc.LocalID = id
+	rc.HeartbeatTimeout = c.RaftTimeout
+	rc.ElectionTimeout = c.RaftTimeout
+	rc.LeaderLeaseTimeout = c.RaftTimeout / 2
+	rc.CommitTimeout = min(rc.CommitTimeout, c.RaftTimeout/4)
+	rc.MaxAppendEntries = 64
+	rc.SnapshotThreshold = snapshotEntries
+	rc.TrailingLogs = trailingEntries
+	rc.NoLegacyTelemetry = true
+	rc.ShutdownOnRemove = false        // the node ends raft, in its own order
+	rc.NoSnapshotRestoreOnStart = true // the store holds what the snapshot does
+	// BatchApplyCh gives raft a buffer whose entries nobody answers when raft is shut down. Our one appender has at most
+	// EntriesInFlight on their way and waits in Apply while raft writes, so raft gathers as much without it.
+	rc.BatchApplyCh = false
+	rc.Logger = &raftLogger{log: c.Logger}
+	return rc
+}
+
+// leadership gives the term, and whether we led in it at one moment between the two reads of it.
+func (r *replica) leadership() (term uint64, leading bool) {
+	term = r.raft.CurrentTerm()
+	return term, r.raft.State() == raft.Leader && r.raft.CurrentTerm() == term
+}
+
+// fence is Node.Fence.
+func (r *replica) fence(term uint64, done func(error)) {
+	if now, leading := r.leadership(); !leading || now != term {
+		done(ErrNotLeader)
+		return
+	}
+	done(nil)
+}
+
+// resign is Node.Resign.
+func (r *replica) resign(term uint64) {
+	for old := r.resigned.Load(); old < term && !r.resigned.CompareAndSwap(old, term); old = r.resigned.Load() {
+	}
+	select {
+	case r.wake <- struct{}{}:
+	default:
+	}
+}
+
+// lead tells of activations. LeaderCh is only a hint: raft drops values nobody has read.
+func (r *replica) lead() {
+	again := time.NewTicker(r.retry)
+	defer again.Stop()
+	var active, gaveUp uint64
+	for {
+		select {
+		case <-r.raft.LeaderCh():
+		case <-r.wake:
+			if term, leading := r.leadership(); leading && term == r.resigned.Load() && term != gaveUp {
+				gaveUp = term
+				r.log.Debug("forcing a new term", "term", term)
+				r.transport.campaign(r.id)
+			}
+		case <-again.C: // a barrier that failed while we went on leading
+		case <-r.stop:
+			return
+		}
+		if active = r.follow(active); active == ended {
+			return
+		}
+	}
+}
+
+// ended is no term.
+const ended = ^uint64(0)
+
+// follow brings the activation told up to raft's leadership, and returns its term, 0 for none.
+func (r *replica) follow(active uint64) uint64 {
+	for {
+		term, leading := r.leadership()
+		if active != 0 && (!leading || term != active) {
+			if !r.send(Event{Kind: Inactive, Term: active}) {
+				return ended
+			}
+			active = 0
+		}
+		if !leading || term == active {
+			return active
+		}
+		// The barrier passes through the fsm: when it returns, every entry before has been handed on.
+		if err := r.raft.Barrier(0).Error(); err != nil {
+			r.log.Debug("barrier failed", "term", term, "err", err)
+			if now, still := r.leadership(); !still || now == term {
+				return active
+			}
+			continue
+		}
+		if r.fsm.ended.Load() {
+			return ended // the barrier passed through an fsm that applies nothing any more
+		}
+		if now, still := r.leadership(); !still || now != term {
+			continue
+		}
+		if !r.send(Event{Kind: Active, Term: term}) {
+			return ended
+		}
+		active = term
+	}
+}
+
+// trim keeps raft's log within logBytes: raft's own threshold counts entries alone.
+func (r *replica) trim() {
+	tick := time.NewTicker(trimEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-tick.C:
+		case <-r.stop:
+			return
+		}
+		entries, bytes := r.store.RaftLog().Size()
+		trailing := uint64(trailingEntries)
+		if bytes > logBytes {
+			trailing = max(64, entries*trailingBytes/uint64(bytes))
+		}
+		rc := r.raft.ReloadableConfig()
+		if rc.TrailingLogs != trailing {
+			rc.TrailingLogs = trailing
+			if err := r.raft.ReloadConfig(rc); err != nil {
+				r.log.Warn("setting how much of raft's log is kept", "err", err)
+			}
+		}
+		if bytes <= logBytes {
+			continue
+		}
+		if err := r.raft.Snapshot().Error(); err != nil && !errors.Is(err, raft.ErrNothingNewToSnapshot) {
+			r.log.Debug("taking a snapshot", "err", err)
+		}
+	}
+}
