@@ -10,6 +10,7 @@ import (
 
 	"github.com/hashicorp/raft"
 	"github.com/offset-sidecar/offset-sidecar/replicate/store"
+	"github.com/offset-sidecar/offset-sidecar/tracing"
 )
 
 // Config of a Node. Zero is not a default: DefaultConfig is.
@@ -24,7 +25,12 @@ type Config struct {
 	MinFree int64
 	// Quarantine: a damaged directory is moved aside, within itself, and the node starts empty. Otherwise Open fails.
 	Quarantine bool
-	Logger     *slog.Logger
+	// Acks says which copies a reply waits for.
+	Acks Acks
+	// Cluster is how this node finds others; nil: it is alone, and nobody can join it.
+	Cluster *ClusterConfig
+	Logger  *slog.Logger
+	Metrics *tracing.Metrics
 }
 
 // DefaultConfig keeps its data in dir.
