@@ -23,6 +23,10 @@ type activation struct {
 	// one may still grow.
 	flight  []*entry
 	offered int
+	// storing holds the entries that are replicated, but not known to be stored by every in-sync replica, in order, if a
+	// reply waits for that. They are no longer to be undone.
+	storing []*entry
+	stored  uint64 // raft's index up to which every in-sync replica has stored this term's entries
 
 	fencing   []*held // wait for the fence that is under way
 	fenceNext []*held // wait for one that has yet to begin
@@ -34,6 +38,7 @@ type activation struct {
 // entry is a replicate.Entry in the making or in flight, with what undoes it and the replies that wait for it.
 type entry struct {
 	sequence uint64
+	index    uint64 // raft's, once it is replicated
 	records  []replicate.Record
 	previous []group.Record
 	calls    []uint64 // whose records are among them
@@ -47,6 +52,7 @@ type held struct {
 	reply      group.Reply
 	deadline   time.Time
 	conditions int
+	copies     bool // what it acknowledges must be stored by every in-sync replica, besides being replicated
 	answered   bool
 }
 
@@ -122,6 +128,10 @@ func (c *Coordinator) handleEvent(event replicate.Event) error {
 		return c.rebuild()
 	case replicate.Applied:
 		c.handleApplied(event)
+	case replicate.Stored:
+		if a := c.activation; a != nil && a.term == event.Term {
+			c.handleStored(event.Index)
+		}
 	case replicate.Ignored:
 		if a := c.activation; a != nil && a.term == event.Term {
 			c.endActivation("an entry of its own was refused")
@@ -160,8 +170,9 @@ func (c *Coordinator) refuseEntry(sequence uint64) {
 	}
 }
 
-// handleApplied releases the replies of the entry at the head of the queue. Whatever else the log delivers is applied;
-// if it comes while this coordinator is active, the state it stepped on was not the log's, and the activation ends.
+// handleApplied takes the entry at the head of the queue off it: it is no longer to be undone, and its replies are
+// released or wait for its copies alone. Whatever else the log delivers is applied; if it comes while this coordinator is
+// active, the state it stepped on was not the log's, and the activation ends.
 func (c *Coordinator) handleApplied(event replicate.Event) {
 	if a := c.activation; a != nil {
 		if a.offered > 0 && event.Term == a.term && event.Sequence == a.flight[0].sequence &&
@@ -172,9 +183,7 @@ func (c *Coordinator) handleApplied(event replicate.Event) {
 			a.offered--
 			c.metrics.Add(tracing.RaftAppends, 1)
 			c.metrics.Add(tracing.RaftAppendRecords, int64(len(e.records)))
-			for _, h := range e.replies {
-				c.met(h)
-			}
+			c.replicated(e, event)
 			return
 		}
 		c.logger.Error("an entry was applied that is not the one expected", "term", event.Term, "sequence", event.Sequence)
@@ -183,6 +192,40 @@ func (c *Coordinator) handleApplied(event replicate.Event) {
 	for _, r := range event.Records {
 		if err := c.guard(func() { c.state.Apply(group.Record(r)) }); err != nil {
 			c.logger.Error("applying a record", "index", event.Index, "err", err)
+		}
+	}
+}
+
+// replicated releases those replies of an entry that wait for raft alone, and the others too if its copies are there.
+func (c *Coordinator) replicated(e *entry, event replicate.Event) {
+	a := c.activation
+	if event.Stored {
+		c.handleStored(event.Index)
+	}
+	stored := event.Stored || event.Index <= a.stored
+	waiting := e.replies[:0]
+	for _, h := range e.replies {
+		if h.copies && !stored {
+			waiting = append(waiting, h)
+		} else {
+			c.met(h)
+		}
+	}
+	if len(waiting) > 0 {
+		a.storing = append(a.storing, &entry{index: event.Index, replies: waiting})
+	}
+}
+
+// handleStored releases the replies of the entries up to raft's index: their copies are there.
+func (c *Coordinator) handleStored(index uint64) {
+	a := c.activation
+	a.stored = max(a.stored, index)
+	for len(a.storing) > 0 && a.storing[0].index <= a.stored {
+		e := a.storing[0]
+		a.storing[0] = nil
+		a.storing = a.storing[1:]
+		for _, h := range e.replies {
+			c.met(h)
 		}
 	}
 }

@@ -333,19 +333,24 @@ func (c *Coordinator) perform(call uint64, effects group.Effects) {
 	a := c.activation
 	a.add(call, effects)
 	for _, reply := range effects.Replies {
-		c.hold(reply)
+		c.hold(reply, len(effects.Records) > 0 || reply.Again)
 	}
 	if effects.Replies != nil {
 		c.startFence()
 	}
 }
 
-// hold keeps a reply until all it asserts is replicated and, if it needs one, until a fence is complete.
-func (c *Coordinator) hold(reply group.Reply) {
+// hold keeps a reply until all it asserts is replicated, and what it acknowledges is also stored by every in-sync
+// replica; and, if it needs one, until a fence is complete.
+func (c *Coordinator) hold(reply group.Reply, acknowledges bool) {
 	a := c.activation
-	h := &held{reply: reply}
+	h := &held{reply: reply, copies: acknowledges}
 	if n := len(a.flight); n > 0 {
 		last := a.flight[n-1]
+		last.replies = append(last.replies, h)
+		h.conditions++
+	} else if n := len(a.storing); n > 0 && acknowledges {
+		last := a.storing[n-1]
 		last.replies = append(last.replies, h)
 		h.conditions++
 	}

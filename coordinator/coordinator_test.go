@@ -87,7 +87,7 @@ func (h *hand) event(e replicate.Event) {
 }
 
 func (h *hand) applied(e replicate.Entry) {
-	h.event(replicate.Event{Kind: replicate.Applied, Term: e.Term, Sequence: e.Sequence, Records: e.Records})
+	h.event(replicate.Event{Kind: replicate.Applied, Term: e.Term, Sequence: e.Sequence, Records: e.Records, Stored: true})
 }
 
 // onlyOrders is an upstream that has one topic, orders, with three partitions; late is learnt by a Refresh.

@@ -6,8 +6,9 @@
 // Request.Done must not block.
 //
 // An activation is one term of raft (activation.go). Steps apply their records at once; only replies wait, each for the
-// entry that holds the last record stepped before it, and, if it asserts group state without having appended, for a read
-// fence that began after the request came. An activation that ends, for whatever reason, is undone: the previous record
+// entry that holds the last record stepped before it to be replicated, and besides: if it acknowledges records, for every
+// in-sync replica to have stored them; if it asserts group state without having appended, for a read fence that began
+// after the request came. An activation that ends, for whatever reason, is undone: the previous record
 // of each key in flight is applied in reverse, soft state is dropped, and every unanswered request is given back with
 // [ErrInactive], to be resent in its session's order to whoever is active then. An activation that ends while raft still
 // leads is never resumed in that term (Log.Resign).

@@ -82,6 +82,7 @@ func (f *fsm) command(l *raft.Log) error {
 	if f.counts(&e, l.Term) {
 		f.term, f.next = e.Term, e.Sequence+1
 		event.Kind, event.Records = Applied, e.Records
+		event.Stored = true // one voter: whatever is committed is stored wherever it must be
 	}
 	if err := f.store.Append(l.Index, l.Term, f.term, f.next, event.Records); err != nil {
 		return fmt.Errorf("applying raft entry %d: %w", l.Index, err)

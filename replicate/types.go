@@ -38,13 +38,18 @@ const (
 	Active
 	// Inactive: it is no longer; no entry of Term offered from here on will be appended.
 	Inactive
+	// Stored: every in-sync replica has now stored whatever of Term is at raft's Index or before. It may come before the
+	// Applied of that index.
+	Stored
 )
 
 // Event is something that happened to the log, delivered in its order on Node.Events.
 type Event struct {
 	Kind           EventKind
 	Term, Sequence uint64
-	Index          uint64 // raft's index, for Applied and Ignored
+	Index          uint64 // raft's index, for Applied, Ignored and Stored
 	Records        []Record
-	Err            error
+	// Stored on Applied: every replica whose copy is asked for has the entry already. If not, a Stored event follows.
+	Stored bool
+	Err    error
 }

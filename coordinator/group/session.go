@@ -153,7 +153,8 @@ func (s *State) executed(c *Client) bool {
 		return false
 	}
 	e := s.sessions.byID[c.Session]
-	return e != nil && decodeSession(e.value).has(c.Ordinal)
+	s.again = e != nil && decodeSession(e.value).has(c.Ordinal)
+	return s.again
 }
 
 // noteSession adds the session's record if the request has yielded any.

@@ -70,6 +70,7 @@ func (s *State) Deadline() time.Time {
 func (s *State) begin(now time.Time) {
 	s.now = now
 	s.eff = Effects{}
+	s.again = false
 	s.departed = s.departed[:0]
 }
 
@@ -101,7 +102,7 @@ func (s *State) put(partition int32, key, value []byte) {
 
 // reply answers with something that holds only while this coordinator has not been replaced.
 func (s *State) reply(call uint64, resp kmsg.Response) {
-	s.eff.Replies = append(s.eff.Replies, Reply{Call: call, Response: resp, Fence: true})
+	s.eff.Replies = append(s.eff.Replies, Reply{Call: call, Response: resp, Fence: true, Again: s.again})
 }
 
 // refuse answers a request that is wrong whatever the state.

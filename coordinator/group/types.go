@@ -59,6 +59,8 @@ type Reply struct {
 	// Fence: the response asserts group state without having appended any; it is held until a read fence that began
 	// after the request came. Every reply besides waits until all records stepped before it are replicated.
 	Fence bool
+	// Again: the response acknowledges what the request yielded when it came before; that may still be on its way.
+	Again bool
 }
 
 // Effects is what a Step, a Tick or an Activate wants done. The bytes of its records are the State's own: they may be
