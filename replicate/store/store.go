@@ -34,7 +34,7 @@ const (
 	// thinTxnBytes is the same where much is left out: the larger the part of the tail, the more. Both lie in the
 	// transaction twice, in a block and in latest.
 	thinTxnBytes = 512 << 10
-	// thinFrom is how large a tail must be for a flush to leave out what the same transaction supersedes: some 2,000
+	// thinFrom is how large a tail must be for a flush to leave out what the same transaction supersedes: some 1,500
 	// commits a second. Below that the history keeps every commit for its first minutes; above, HistoryBytes would drop
 	// most of them anyway, after they have been written three times.
 	thinFrom  = 1 << 20
