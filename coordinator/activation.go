@@ -31,6 +31,8 @@ type activation struct {
 	fencing   []*held // wait for the fence that is under way
 	fenceNext []*held // wait for one that has yet to begin
 	fence     bool    // one is under way
+	// When it, or the last one, began; when the last one that succeeded began; when the next one is due after a failure.
+	fenceBegan, fenced, fenceAt time.Time
 
 	held []*held // every reply held back, by deadline; answered ones are dropped when they come first
 }
@@ -237,7 +239,7 @@ func (c *Coordinator) activate(term uint64) {
 	now := time.Now()
 	c.activation = &activation{term: term, began: now}
 	c.beat = now.Add(beatEvery)
-	if err := c.guard(func() { c.perform(0, c.state.Activate(now, term)) }); err != nil {
+	if err := c.guard(func() { c.perform(now, 0, c.state.Activate(now, term)) }); err != nil {
 		c.breakDown(err)
 		return
 	}
@@ -308,18 +310,18 @@ func (c *Coordinator) giveBack() {
 
 // startFence begins a read fence for all replies that wait for one, unless one is under way: that began before some of
 // them were asked for.
-func (c *Coordinator) startFence() {
+func (c *Coordinator) startFence(now time.Time) {
 	a := c.activation
-	if a == nil || a.fence || len(a.fenceNext) == 0 {
+	if a == nil || a.fence || len(a.fenceNext) == 0 || now.Before(a.fenceAt) {
 		return
 	}
-	a.fence = true
+	a.fence, a.fenceBegan, a.fenceAt = true, now, time.Time{}
 	c.metrics.Add(tracing.Fences, 1)
 	a.fencing, a.fenceNext = a.fenceNext, nil
 	term := a.term
 	c.leader.Fence(term, func(err error) {
 		select {
-		case c.fenced <- fenced{term, err}: // the buffer of one is enough: one fence at a time and activation
+		case c.fenceDone <- fenced{term, err}: // the buffer of one is enough: one fence at a time and activation
 		default:
 			go c.sendFenced(fenced{term, err})
 		}
@@ -329,7 +331,7 @@ func (c *Coordinator) startFence() {
 // sendFenced hands a finished fence to the loop while that of an ended activation still lies in the buffer.
 func (c *Coordinator) sendFenced(f fenced) {
 	select {
-	case c.fenced <- f:
+	case c.fenceDone <- f:
 	case <-c.stopped:
 	}
 }
@@ -339,15 +341,28 @@ func (c *Coordinator) handleFenced(f fenced) {
 	if a == nil || a.term != f.term {
 		return
 	}
-	if f.err != nil {
+	if errors.Is(f.err, replicate.ErrNotLeader) {
 		c.endActivation("a read fence failed: " + f.err.Error())
 		return
 	}
 	a.fence = false
+	now := time.Now()
+	if f.err != nil {
+		// Voters that cannot be reached now. If the term is over the log will say so; those who cannot wait are told by
+		// their deadline.
+		c.logger.Debug("a read fence failed", "term", f.term, "err", f.err)
+		waiting := slices.DeleteFunc(a.fencing, func(h *held) bool { return h.answered })
+		a.fencing, a.fenceNext = nil, append(waiting, a.fenceNext...)
+		if len(a.fenceNext) > 0 {
+			a.fenceAt = now.Add(fenceRetry)
+		}
+		return
+	}
+	a.fenced = a.fenceBegan
 	fencing := a.fencing
 	a.fencing = nil
 	for _, h := range fencing {
 		c.met(h)
 	}
-	c.startFence()
+	c.startFence(now)
 }

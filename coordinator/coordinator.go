@@ -25,6 +25,8 @@ const (
 	pauseGap    = 2 * time.Second // a beat that is this late was missed by a paused process, not by the members
 	blindTime   = 5 * time.Second // after the upstream could not be asked, topics are taken on trust for so long
 
+	fenceRetry = 50 * time.Millisecond // between read fences that fail, though the term goes on
+
 	resignFirst, resignSlowest = 50 * time.Millisecond, 2 * time.Second // between activations that end by themselves
 	resignReset                = 10 * time.Second                       // one that lasted so long was sound
 )
@@ -38,8 +40,9 @@ type Log interface {
 
 // Leadership is what a coordinator asks of the term it is active in (replicate.Node).
 type Leadership interface {
-	// Fence calls done once every reply given before it began is known to be of the newest state: with nil, or with an
-	// error when the term is over. It may call done at once.
+	// Fence calls done once, with nil when it is certain that this replica led in term after Fence was called: whatever
+	// was read before then was the newest state. Else with replicate.ErrNotLeader if the term is over, and with any other
+	// error if it may be tried again. It may call done at once.
 	Fence(term uint64, done func(error))
 	// Resign ends the leadership of this term, if it is not over yet.
 	Resign(term uint64)
@@ -51,6 +54,8 @@ type Config struct {
 	// CommitTimeout bounds how long a reply waits for its records to be replicated (offsets.commit.timeout.ms); after it
 	// the client gets COORDINATOR_NOT_AVAILABLE and the outcome is unknown.
 	CommitTimeout time.Duration
+	// ElectionTimeout is raft's: for so long after a read fence began, heartbeats need no newer one. 0: they always do.
+	ElectionTimeout time.Duration
 }
 
 // Coordinator is this sidecar's group coordinator. It answers while it is active.
@@ -64,7 +69,7 @@ type Coordinator struct {
 
 	inputs    chan *Request
 	refreshed chan refreshed
-	fenced    chan fenced
+	fenceDone chan fenced
 	stopped   chan struct{} // closed when Run has returned
 	status    atomic.Pointer[publishedStatus]
 
@@ -118,7 +123,7 @@ func New(config Config, log interface {
 		config: config, log: log, leader: log, topics: topics, logger: logger, metrics: metrics,
 		inputs:    make(chan *Request, inputQueue),
 		refreshed: make(chan refreshed),
-		fenced:    make(chan fenced, 1),
+		fenceDone: make(chan fenced, 1),
 		stopped:   make(chan struct{}),
 		state:     group.NewState(config.Group),
 		calls:     map[uint64]*Request{},
@@ -199,7 +204,7 @@ func (c *Coordinator) Run(ctx context.Context) error {
 			c.takeInputs(r)
 		case r := <-c.refreshed:
 			c.handleRefreshed(r)
-		case f := <-c.fenced:
+		case f := <-c.fenceDone:
 			c.handleFenced(f)
 		case <-c.timer.C:
 			c.handleTimer()
@@ -318,7 +323,8 @@ func (c *Coordinator) step(r *Request, acceptUnknownTopics bool) {
 		in.NewID = uuid.NewString()
 	}
 	c.metrics.Add(tracing.Steps, 1)
-	err := c.guard(func() { c.perform(call, c.state.Step(time.Now(), in)) })
+	now := time.Now()
+	err := c.guard(func() { c.perform(now, call, c.state.Step(now, in)) })
 	if err == nil {
 		return
 	}
@@ -329,20 +335,20 @@ func (c *Coordinator) step(r *Request, acceptUnknownTopics bool) {
 }
 
 // perform queues the records of a Step for the log and its replies behind them. Call is the request's, 0 for a Tick.
-func (c *Coordinator) perform(call uint64, effects group.Effects) {
+func (c *Coordinator) perform(now time.Time, call uint64, effects group.Effects) {
 	a := c.activation
 	a.add(call, effects)
 	for _, reply := range effects.Replies {
-		c.hold(reply, len(effects.Records) > 0 || reply.Again)
+		c.hold(now, reply, len(effects.Records) > 0 || reply.Again)
 	}
 	if effects.Replies != nil {
-		c.startFence()
+		c.startFence(now)
 	}
 }
 
 // hold keeps a reply until all it asserts is replicated, and what it acknowledges is also stored by every in-sync
 // replica; and, if it needs one, until a fence is complete.
-func (c *Coordinator) hold(reply group.Reply, acknowledges bool) {
+func (c *Coordinator) hold(now time.Time, reply group.Reply, acknowledges bool) {
 	a := c.activation
 	h := &held{reply: reply, copies: acknowledges}
 	if n := len(a.flight); n > 0 {
@@ -354,7 +360,7 @@ func (c *Coordinator) hold(reply group.Reply, acknowledges bool) {
 		last.replies = append(last.replies, h)
 		h.conditions++
 	}
-	if reply.Fence {
+	if reply.Fence && !(reply.Recent && now.Sub(a.fenced) < c.config.ElectionTimeout) {
 		a.fenceNext = append(a.fenceNext, h)
 		h.conditions++
 	}
@@ -362,7 +368,7 @@ func (c *Coordinator) hold(reply group.Reply, acknowledges bool) {
 		c.answer(h)
 		return
 	}
-	h.deadline = time.Now().Add(c.config.CommitTimeout)
+	h.deadline = now.Add(c.config.CommitTimeout)
 	a.held = append(a.held, h)
 }
 
@@ -398,6 +404,7 @@ func (c *Coordinator) setTimer() {
 		earliest(c.state.Deadline())
 		earliest(c.activation.deadline())
 		earliest(c.beat)
+		earliest(c.activation.fenceAt)
 	}
 	if wake.IsZero() || !c.wake.IsZero() && !wake.Before(c.wake) {
 		return // the timer may fire too early, which does nothing, but is not set anew at each request
@@ -429,11 +436,12 @@ func (c *Coordinator) handleTimer() {
 		c.state.Rearm(now)
 	}
 	c.expireHeld(now)
+	c.startFence(now) // again, if the last one has failed
 	deadline := c.state.Deadline()
 	if deadline.IsZero() || deadline.After(now) {
 		return
 	}
-	if err := c.guard(func() { c.perform(0, c.state.Tick(now)) }); err != nil {
+	if err := c.guard(func() { c.perform(now, 0, c.state.Tick(now)) }); err != nil {
 		c.breakDown(err)
 	}
 }

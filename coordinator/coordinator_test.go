@@ -116,7 +116,7 @@ func bubble(t *testing.T, topics *onlyOrders, test func(c *Coordinator, h *hand)
 	t.Helper()
 	synctest.Test(t, func(t *testing.T) {
 		h := &hand{t: t, events: make(chan replicate.Event), entries: make(chan replicate.Entry)}
-		config := Config{Group: group.DefaultConfig(), CommitTimeout: 5 * time.Second}
+		config := Config{Group: group.DefaultConfig(), CommitTimeout: 5 * time.Second, ElectionTimeout: 500 * time.Millisecond}
 		config.Group.InitialRebalanceDelay = 0
 		c := New(config, h, topics, slog.New(slog.DiscardHandler), nil)
 		ctx, cancel := context.WithCancel(t.Context())

@@ -122,7 +122,9 @@ func (s *Sidecar) openUpstream() (err error) {
 		return fmt.Errorf("--upstream: %w", err)
 	}
 	s.onClose(s.upstream.Close)
-	s.coordinator = coordinator.New(s.config.Coordinator, s.node, s.upstream, s.logger, s.metrics)
+	config := s.config.Coordinator
+	config.ElectionTimeout = s.config.Replicate.RaftTimeout
+	s.coordinator = coordinator.New(config, s.node, s.upstream, s.logger, s.metrics)
 	s.start(s.runCoordinator)
 	return nil
 }

@@ -145,6 +145,8 @@ func (s *State) heartbeat(in *Input, req *kmsg.HeartbeatRequest) {
 		}
 	}
 	s.reply(in.Call, resp)
+	// An error sends the client into a rebalance, or back to the start: a coordinator that has been replaced must not.
+	s.eff.Replies[len(s.eff.Replies)-1].Recent = resp.ErrorCode == 0
 }
 
 // leaveGroup is GroupMetadataManager.classicGroupLeave: each member of the batch has an error of its own, and all of

@@ -59,6 +59,9 @@ type Reply struct {
 	// Fence: the response asserts group state without having appended any; it is held until a read fence that began
 	// after the request came. Every reply besides waits until all records stepped before it are replicated.
 	Fence bool
+	// Recent: a fence will do that began a little before the request came. The response is a heartbeat's that found
+	// nothing to tell: what it asserts is all but true a moment later, and harmless.
+	Recent bool
 	// Again: the response acknowledges what the request yielded when it came before; that may still be on its way.
 	Again bool
 }
