@@ -94,10 +94,11 @@ func unwritableError(dir string, err error) error {
 const (
 	databaseName  = "db"
 	watermarkName = "watermark"
-	formatName    = "FORMAT"
-	lockName      = "LOCK"
-	ballastName   = "ballast"
-	incomingName  = "incoming.snapshot"
+	// FormatName is the last file written of a new directory: what has it is a data directory.
+	FormatName   = "FORMAT"
+	lockName     = "LOCK"
+	ballastName  = "ballast"
+	incomingName = "incoming.snapshot"
 )
 
 // files is what lies around the database: lock, format, watermark, ballast, a snapshot that is coming in.
@@ -153,7 +154,7 @@ func writeAll(f *os.File, b []byte) error {
 
 // checkFormat refuses a directory that a newer version wrote.
 func (f *files) checkFormat() error {
-	text, err := os.ReadFile(f.path(formatName))
+	text, err := os.ReadFile(f.path(FormatName))
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
@@ -164,7 +165,7 @@ func (f *files) checkFormat() error {
 	first, _, _ := strings.Cut(rest, "\n")
 	version, err := strconv.Atoi(strings.TrimSpace(first))
 	if !ok || err != nil || version < 1 {
-		return fmt.Errorf("data directory %s is not one of this program's, or its file %s is damaged (%q): choose another data directory", f.dir, formatName, text)
+		return fmt.Errorf("data directory %s is not one of this program's, or its file %s is damaged (%q): choose another data directory", f.dir, FormatName, text)
 	}
 	if version > FormatVersion {
 		return &NewerFormatError{Dir: f.dir, Version: version}
@@ -189,7 +190,7 @@ func (f *files) prepare() error {
 	}
 	f.mark = mark
 	_, dbErr := os.Stat(f.database())
-	_, formatErr := os.Stat(f.path(formatName))
+	_, formatErr := os.Stat(f.path(FormatName))
 	if formatErr == nil {
 		if dbErr != nil && mark.index > 0 {
 			return &DamagedError{Dir: f.dir, Reason: fmt.Sprintf("its database is gone, but %d entries were acknowledged", mark.index), Err: dbErr}
@@ -197,18 +198,18 @@ func (f *files) prepare() error {
 		return f.sweep()
 	}
 	if dbErr == nil {
-		return &DamagedError{Dir: f.dir, Reason: "it has a database but no file " + formatName}
+		return &DamagedError{Dir: f.dir, Reason: "it has a database but no file " + FormatName}
 	}
 	// The format is the last thing written of a new directory and the first that is read.
-	tmp := f.path(formatName + ".new")
+	tmp := f.path(FormatName + ".new")
 	if err := writeSynced(tmp, fmt.Appendf(nil, "%s%d\n", formatLine, FormatVersion)); err != nil {
 		if unwritable(err) {
 			return unwritableError(f.dir, err)
 		}
 		return fmt.Errorf("writing %s: %w", tmp, err)
 	}
-	if err := errors.Join(os.Rename(tmp, f.path(formatName)), syncDir(f.dir)); err != nil {
-		return fmt.Errorf("writing %s: %w", f.path(formatName), err)
+	if err := errors.Join(os.Rename(tmp, f.path(FormatName)), syncDir(f.dir)); err != nil {
+		return fmt.Errorf("writing %s: %w", f.path(FormatName), err)
 	}
 	return nil
 }
@@ -256,7 +257,7 @@ func (f *files) quarantine(now time.Time) (string, error) {
 	if err := os.Mkdir(aside, 0o700); err != nil {
 		return "", err
 	}
-	for _, name := range []string{databaseName, watermarkName, incomingName, formatName} {
+	for _, name := range []string{databaseName, watermarkName, incomingName, FormatName} {
 		if err := os.Rename(f.path(name), filepath.Join(aside, name)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return "", err
 		}

@@ -233,7 +233,7 @@ func copyDir(t *testing.T, from, to string) {
 	if err := os.CopyFS(filepath.Join(to, databaseName), os.DirFS(filepath.Join(from, databaseName))); err != nil {
 		t.Fatal(err)
 	}
-	for _, name := range []string{watermarkName, formatName} {
+	for _, name := range []string{watermarkName, FormatName} {
 		b, err := os.ReadFile(filepath.Join(from, name))
 		if err == nil {
 			err = os.WriteFile(filepath.Join(to, name), b, 0o600)

@@ -125,7 +125,7 @@ func TestADirectoryInUseIsRefused(t *testing.T) {
 func TestADirectoryOfANewerVersionIsRefusedUntouched(t *testing.T) {
 	r := openTest(t, t.TempDir())
 	r.close()
-	name := filepath.Join(r.opt.Dir, formatName)
+	name := filepath.Join(r.opt.Dir, FormatName)
 	if err := os.WriteFile(name, []byte("offset-sidecar store 2\nmore that we do not know\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
