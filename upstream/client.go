@@ -67,6 +67,7 @@ type Client struct {
 	log    *slog.Logger
 	seeds  []string
 	kafka  *kgo.Client
+	opts   []kgo.Opt // of kafka
 	nudge  chan struct{}
 	closed chan struct{}
 
@@ -104,7 +105,7 @@ func New(c Config) (*Client, error) {
 		defer cancel()
 		return dialer(ctx, network, host)
 	}
-	kafka, err := kgo.NewClient(
+	opts := []kgo.Opt{
 		kgo.SeedBrokers(c.Seeds...),
 		kgo.ClientID(c.ClientID),
 		kgo.SoftwareNameAndVersion("offset-sidecar", "1"),
@@ -117,7 +118,8 @@ func New(c Config) (*Client, error) {
 		kgo.RetryBackoffFn(func(tries int) time.Duration { return time.Duration(tries) * 10 * time.Millisecond }),
 		kgo.RequestTimeoutOverhead(dialTimeout),
 		kgo.BrokerMaxReadBytes(maxReplyBytes),
-	)
+	}
+	kafka, err := kgo.NewClient(opts...)
 	if err != nil {
 		return nil, fmt.Errorf("configuring the client of the upstream: %w", err)
 	}
@@ -129,6 +131,7 @@ func New(c Config) (*Client, error) {
 		log:    log,
 		seeds:  slices.Clone(c.Seeds),
 		kafka:  kafka,
+		opts:   opts,
 		nudge:  make(chan struct{}, 1),
 		closed: make(chan struct{}),
 		asking: asking{wake: make(chan struct{}, 1)},
