@@ -46,7 +46,7 @@ var rooms = map[string]room{
 	"coordinator": {may: []string{"coordinator/group", "replicate", "tracing", kmsg, kerr, uuid}, never: []string{"net"}},
 	"coordinator/group": {may: []string{kmsg, kerr}, ground: true,
 		never: []string{"net", "os", "log", "log/slog", "sync", "sync/atomic", "math/rand", "math/rand/v2", "crypto/rand", "context"}},
-	"replicate":       {may: []string{"replicate/store", "tracing", raft, "github.com/klauspost/compress", "github.com/hashicorp/serf", "github.com/hashicorp/memberlist", "github.com/hashicorp/raft-autopilot", hclog, uuid}},
+	"replicate":       {may: []string{"replicate/store", "tracing", raft, "github.com/klauspost/compress", "github.com/hashicorp/serf", "github.com/hashicorp/memberlist", "github.com/hashicorp/raft-autopilot", hclog, uuid, sys}},
 	"replicate/store": {may: []string{"github.com/dgraph-io/badger/v4", raft, sys}, never: []string{"net"}, ground: true},
 	"upstream":        {may: []string{"tracing", kgo, kadm, kmsg, kerr}},
 	"tracing":         {may: []string{"go.opentelemetry.io/otel", "github.com/prometheus"}},

@@ -21,6 +21,7 @@ type Metrics struct {
 	requests [apiKeys + 1]atomic.Int64
 	errors   [errorCodes + 1]atomic.Int64
 	mistakes [mistakeCount]atomic.Int64
+	refused  [strangerCount]atomic.Int64
 }
 
 // Add moves a counter or gauge by n.
@@ -83,6 +84,21 @@ func (m *Metrics) Mistake(k Mistake) {
 	if m != nil && k < mistakeCount {
 		m.mistakes[k].Add(1)
 	}
+}
+
+// Stranger counts a connection to the peer port that was closed before anything was exchanged.
+func (m *Metrics) Stranger(why Stranger) {
+	if m != nil && why < strangerCount {
+		m.refused[why].Add(1)
+	}
+}
+
+// Strangers gives how many connections to the peer port were closed for that reason.
+func (m *Metrics) Strangers(why Stranger) int64 {
+	if m == nil || why >= strangerCount {
+		return 0
+	}
+	return m.refused[why].Load()
 }
 
 // Snapshot gives every series by its exported name, as /metrics shows it.

@@ -29,6 +29,9 @@ const (
 	RaftAppendRecords                 // coordinator: records in them
 	CommitTimeouts                    // coordinator: replies that missed --commit-timeout
 	UpstreamBrokers                   // the program: brokers in the upstream's newest answer
+	PeerConnections                   // replicate: incoming connections of peers now
+	PeerDials                         // replicate: connections to peers tried
+	PeerDialsFailed                   // replicate: those that could not be made, or were refused
 	seriesCount
 )
 
@@ -69,6 +72,9 @@ var series = [seriesCount]struct {
 	RaftAppendRecords:   {"offset_sidecar_raft_append_records_total", counter, "Records in replicated entries."},
 	CommitTimeouts:      {"offset_sidecar_commit_timeouts_total", counter, "Requests not replicated within --commit-timeout."},
 	UpstreamBrokers:     {"offset_sidecar_upstream_brokers", gauge, "Upstream brokers in the newest answer."},
+	PeerConnections:     {"offset_sidecar_peer_connections", gauge, "Incoming connections of other sidecars open now."},
+	PeerDials:           {"offset_sidecar_peer_dials_total", counter, "Connections to other sidecars tried."},
+	PeerDialsFailed:     {"offset_sidecar_peer_dials_failed_total", counter, "Connections to other sidecars that could not be made or were refused."},
 }
 
 // Metrics with one label, and the labels.
@@ -84,6 +90,10 @@ const (
 	nameMistakes = "offset_sidecar_client_mistakes_total"
 	helpMistakes = "Client connections closed for what was sent on them, by mistake."
 	labelMistake = "mistake"
+
+	nameStrangers = "offset_sidecar_peers_refused_total"
+	helpStrangers = "Connections to the peer port closed before anything was exchanged, by reason."
+	labelReason   = "reason"
 
 	nameBuild    = "offset_sidecar_build_info"
 	helpBuild    = "1, with the version as a label."
@@ -105,3 +115,24 @@ const (
 )
 
 var mistakes = [mistakeCount]string{"tls", "http", "frame_size", "header", "request", "upstream_reply"}
+
+// Stranger is why a connection to the peer port was closed before anything was exchanged.
+type Stranger uint8
+
+// The reasons.
+const (
+	StrangerAddress     Stranger = iota // not of this machine, and nothing secures the port
+	StrangerTLS                         // no TLS, or no certificate of a node of this cluster
+	StrangerToken                       // does not know the join token
+	StrangerSilent                      // closed or silent before its hello was complete
+	StrangerGarbage                     // something else than a hello
+	StrangerCluster                     // a sidecar of another cluster
+	StrangerClusterID                   // of a cluster with the same name that was founded apart
+	StrangerVersion                     // speaks no version that we do
+	StrangerNode                        // looks for another node
+	StrangerKind                        // wants what nothing here takes
+	StrangerConnections                 // there are too many
+	strangerCount
+)
+
+var strangers = [strangerCount]string{"address", "tls", "token", "silent", "garbage", "cluster", "cluster_id", "version", "node", "kind", "connections"}

@@ -119,6 +119,16 @@ func (t *Telemetry) observeLabelled(meter metric.Meter) error {
 	if err != nil {
 		return err
 	}
+	_, err = meter.Int64ObservableCounter(nameStrangers, metric.WithDescription(helpStrangers),
+		metric.WithInt64Callback(func(_ context.Context, o metric.Int64Observer) error {
+			for why, name := range strangers {
+				o.Observe(t.metrics.refused[why].Load(), label(labelReason, name))
+			}
+			return nil
+		}))
+	if err != nil {
+		return err
+	}
 	_, err = meter.Int64ObservableGauge(nameBuild, metric.WithDescription(helpBuild),
 		metric.WithInt64Callback(func(_ context.Context, o metric.Int64Observer) error {
 			o.Observe(1, label(labelVersion, t.config.Version))

@@ -22,6 +22,7 @@ func TestScraperSeesEverySeriesByItsName(t *testing.T) {
 	m.Error(16)
 	m.Error(-1)
 	m.Mistake(MistakeTLS)
+	m.Stranger(StrangerToken)
 
 	got := httptest.NewRecorder()
 	telemetry.ServeHTTP(got, httptest.NewRequest("GET", "/metrics", nil))
@@ -34,6 +35,7 @@ func TestScraperSeesEverySeriesByItsName(t *testing.T) {
 		`offset_sidecar_errors_total{error="16"} 1`,
 		`offset_sidecar_errors_total{error="UNKNOWN_SERVER_ERROR"} 1`,
 		`offset_sidecar_client_mistakes_total{mistake="tls"} 1`,
+		`offset_sidecar_peers_refused_total{reason="token"} 1`,
 		`offset_sidecar_build_info{version="1.2.3"} 1`,
 		"# TYPE offset_sidecar_connections gauge",
 		"# TYPE offset_sidecar_group_requests_total counter",
@@ -73,7 +75,8 @@ func TestNilMetricsCountNothing(t *testing.T) {
 	m.Request(1)
 	m.Error(1)
 	m.Mistake(MistakeHTTP)
-	if m.Value(Steps) != 0 || m.Requests(1) != 0 || m.Snapshot() != nil {
+	m.Stranger(StrangerTLS)
+	if m.Strangers(StrangerTLS) != 0 || m.Value(Steps) != 0 || m.Requests(1) != 0 || m.Snapshot() != nil {
 		t.Error("a nil *Metrics counts")
 	}
 }

@@ -1,0 +1,8 @@
+//go:build !linux
+
+package replicate
+
+import "net"
+
+// tune has nothing to do here.
+func tune(net.Conn) {}
