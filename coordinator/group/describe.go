@@ -128,6 +128,9 @@ func (s *State) deleteGroups(in *Input, req *kmsg.DeleteGroupsRequest) {
 			if !resent {
 				code = errGroupNotFound
 			}
+		case resent && len(req.Groups) == 1:
+			// It was deleted; this is another group of its name. Of several, one that has members was refused then, as
+			// far as can be told.
 		case g.view().state != empty:
 			code = errNonEmpty
 		case !resent:
