@@ -16,6 +16,8 @@ type fsm struct {
 	store *store.Store
 	send  func(Event) bool // false: the node is ending
 	fatal func(error)
+	// configured is told of each configuration applied; nil if nobody wants to know.
+	configured func(index uint64, c raft.Configuration)
 
 	index      uint64 // of the last entry applied
 	term, next uint64 // the entry that counts next
@@ -33,6 +35,13 @@ var (
 func (f *fsm) resume() {
 	state := f.store.State()
 	f.index, f.term, f.next = state.Index, state.EntryTerm, state.NextSequence
+}
+
+// tellConfiguration tells the one that the store has.
+func (f *fsm) tellConfiguration() {
+	if state := f.store.State(); f.configured != nil && state.ConfigurationIndex > 0 {
+		f.configured(state.ConfigurationIndex, raft.DecodeConfiguration(state.Configuration))
+	}
 }
 
 // ApplyBatch is raft's way in: command entries and configurations.
@@ -54,7 +63,9 @@ func (f *fsm) Apply(l *raft.Log) any {
 	case raft.LogCommand:
 		err = f.command(l)
 	case raft.LogConfiguration:
-		err = f.store.Configuration(l.Index, l.Term, l.Data)
+		if err = f.store.Configuration(l.Index, l.Term, l.Data); err == nil && f.configured != nil {
+			f.configured(l.Index, raft.DecodeConfiguration(l.Data))
+		}
 	}
 	if err != nil {
 		f.end(err)
@@ -141,6 +152,7 @@ func (f *fsm) Restore(r io.ReadCloser) error {
 		return err
 	}
 	f.resume()
+	f.tellConfiguration()
 	if !f.send(Event{Kind: Reset}) {
 		f.ended.Store(true)
 	}

@@ -1,6 +1,14 @@
 package replicate
 
-import "time"
+import (
+	"context"
+	"maps"
+	"net"
+	"slices"
+	"time"
+
+	"github.com/google/uuid"
+)
 
 // Roles of a sidecar in its cluster.
 const (
@@ -33,4 +41,104 @@ type NodeStatus struct {
 	GossipAddr, PeerAddr string // bound; "" without peers
 	// Waiting says what keeps a node that belongs to no cluster yet from being born or taken in; "" for a member.
 	Waiting string
+}
+
+// Active gives who is active as far as is known, perhaps this node itself, and in which term; node is "" when nobody is
+// known. changed is closed at the next change. Alone, nobody ever is.
+func (n *Node) Active() (term uint64, node string, changed <-chan struct{}) {
+	if n.member == nil {
+		return 0, "", nil
+	}
+	return n.member.status.active()
+}
+
+// Announce tells the other sidecars that this one's coordinator answers in term, or no longer does.
+func (n *Node) Announce(active bool, term uint64) {
+	if n.member != nil {
+		n.member.status.publish(active, term)
+	}
+}
+
+// Dial connects to another sidecar for forwarded requests.
+func (n *Node) Dial(ctx context.Context, node string) (net.Conn, error) {
+	if n.member == nil {
+		return nil, errUnknownNode
+	}
+	conn, _, err := n.member.port.dial(ctx, node, peerForward)
+	return conn, err
+}
+
+// GossipAddr is where others find this node, "" without peers.
+func (n *Node) GossipAddr() string {
+	if n.member == nil {
+		return ""
+	}
+	return n.member.gossip.addr()
+}
+
+// PeerAddr is what others are told of the peer port, "" without peers.
+func (n *Node) PeerAddr() string {
+	if n.member == nil {
+		return ""
+	}
+	return n.member.peerAddr()
+}
+
+// Status says what this node is.
+func (n *Node) Status() NodeStatus {
+	m := n.member
+	if m == nil {
+		s := NodeStatus{Role: RoleVoter}
+		if r := n.running.Load(); r != nil {
+			if term, leading := r.leadership(); leading {
+				s.Term, s.Active = term, string(n.id)
+			}
+		}
+		return s
+	}
+	s := NodeStatus{GossipAddr: n.GossipAddr(), PeerAddr: n.PeerAddr()}
+	s.Term, s.Active, _ = n.Active()
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.clusterID != (uuid.UUID{}) {
+		s.ClusterID = m.clusterID.String()
+	}
+	s.Role = m.roleLocked()
+	if s.Role == RoleForwarder {
+		s.Waiting = m.waiting
+	}
+	return s
+}
+
+// Members gives the sidecars of the cluster, by id: those that gossip knows and those of raft's configuration.
+func (n *Node) Members() []MemberInfo {
+	m := n.member
+	if m == nil {
+		s := n.Status()
+		return []MemberInfo{{ID: n.ID(), State: gossipAlive.String(), Role: s.Role, Active: s.Active != "", Tracked: true, InSync: true}}
+	}
+	_, active, _ := n.Active()
+	m.mu.Lock()
+	configuration := m.configuration
+	m.mu.Unlock()
+	infos := map[string]*MemberInfo{}
+	for _, g := range m.gossip.members() {
+		infos[g.ID] = &MemberInfo{
+			ID: g.ID, State: g.State.String(), Role: g.Tags[tagRole], Zone: g.Tags[tagZone], Machine: g.Tags[tagMachine],
+			Version: g.Tags[tagVersion], GossipAddr: g.GossipAddr, PeerAddr: g.PeerAddr,
+		}
+	}
+	for _, s := range configuration.Servers {
+		if infos[string(s.ID)] == nil {
+			infos[string(s.ID)] = &MemberInfo{ID: string(s.ID)}
+		}
+		infos[string(s.ID)].Role = suffrage(configuration, s.ID)
+	}
+	m.track(infos)
+	all := make([]MemberInfo, 0, len(infos))
+	for _, id := range slices.Sorted(maps.Keys(infos)) {
+		infos[id].Active = id == active
+		all = append(all, *infos[id])
+	}
+	return all
 }

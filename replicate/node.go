@@ -50,6 +50,7 @@ type Node struct {
 	entries chan Entry
 
 	running atomic.Pointer[replica] // nil on a forwarder
+	member  *member                 // nil: alone
 
 	started chan struct{} // Open is done
 	stop    chan struct{}
@@ -80,10 +81,15 @@ func Open(c Config) (*Node, error) {
 		return nil, err
 	}
 	n.store, n.id = s, raft.ServerID(s.ID())
-	if err := n.openAlone(); err != nil {
-		return nil, errors.Join(err, s.Close())
+	if c.Cluster == nil {
+		err = n.openAlone()
+	} else {
+		err = n.openMember(*c.Cluster)
 	}
 	close(n.started)
+	if err != nil {
+		return nil, errors.Join(err, n.Close())
+	}
 	return n, nil
 }
 
@@ -93,7 +99,7 @@ func (n *Node) openAlone() error {
 		return err
 	}
 	_, inner := raft.NewInmemTransport(raft.ServerAddress(n.id))
-	r, err := n.startReplica(inner)
+	r, err := n.startReplica(inner, nil)
 	if err != nil {
 		return err
 	}
@@ -195,8 +201,14 @@ func (n *Node) end(cause error) (err error) {
 	n.ending.Do(func() {
 		close(n.stop)
 		n.store.Release()
+		if n.member != nil {
+			n.member.retire()
+		}
 		if r := n.running.Load(); r != nil {
 			err = r.shut()
+		}
+		if n.member != nil {
+			err = errors.Join(err, n.member.close())
 		}
 		err = errors.Join(err, n.store.Close())
 		n.err = cause

@@ -46,8 +46,9 @@ type replica struct {
 	workers sync.WaitGroup
 }
 
-// startReplica brings raft up over what the store holds, through the transport given.
-func (n *Node) startReplica(inner raft.Transport) (*replica, error) {
+// startReplica brings raft up over what the store holds, through the transport given. configured, which may be nil, is
+// told of the configuration at the start and of each that is applied.
+func (n *Node) startReplica(inner raft.Transport, configured func(index uint64, c raft.Configuration)) (*replica, error) {
 	r := &replica{
 		log: n.log, store: n.store, id: n.id, retry: n.config.RaftTimeout, send: n.send, entries: n.entries,
 		inFlight: make(chan pending, EntriesInFlight),
@@ -55,8 +56,9 @@ func (n *Node) startReplica(inner raft.Transport) (*replica, error) {
 		wake:     make(chan struct{}, 1),
 		stop:     make(chan struct{}),
 	}
-	r.fsm = &fsm{store: n.store, send: n.send, fatal: func(err error) { go n.fatal(err) }}
+	r.fsm = &fsm{store: n.store, send: n.send, fatal: func(err error) { go n.fatal(err) }, configured: configured}
 	r.fsm.resume()
+	r.fsm.tellConfiguration()
 	if !n.send(Event{Kind: Reset}) {
 		return nil, errEnding
 	}
@@ -99,6 +101,20 @@ func raftConfig(c Config, id raft.ServerID) *raft.Config {
 	rc.BatchApplyCh = false
 	rc.Logger = &raftLogger{log: c.Logger}
 	return rc
+}
+
+// lone says whether this node is the only voter.
+func (r *replica) lone() bool {
+	voters := 0
+	for _, s := range r.raft.GetConfiguration().Configuration().Servers {
+		if s.Suffrage == raft.Voter {
+			voters++
+		}
+		if s.Suffrage == raft.Voter && s.ID != r.id {
+			return false
+		}
+	}
+	return voters == 1
 }
 
 // leadership gives the term, and whether we led in it at one moment between the two reads of it.

@@ -1,0 +1,326 @@
+package replicate
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/hashicorp/raft"
+)
+
+// sidecar drives a Node as a coordinator would, on a goroutine of its own: it takes events and, while active, appends
+// what it is asked to.
+type sidecar struct {
+	*testing.T
+	dir     string
+	config  Config
+	n       *Node
+	appends chan *appendCall
+	done    chan struct{}
+
+	mu     sync.Mutex
+	term   uint64 // active in it; 0: not
+	state  map[string]string
+	closed bool
+}
+
+// appendCall is one entry to be appended; done gets nil once it is applied and stored.
+type appendCall struct {
+	records []Record
+	done    chan error
+}
+
+var errNotActive = errors.New("not active")
+
+func startSidecar(t *testing.T, c Config) *sidecar {
+	t.Helper()
+	s := &sidecar{T: t, dir: c.Dir, config: c, appends: make(chan *appendCall), done: make(chan struct{}), state: map[string]string{}}
+	n, err := Open(c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.n = n
+	go s.run()
+	t.Cleanup(s.stop)
+	return s
+}
+
+// stop ends it as a kill would, as far as the others can see; the store is flushed.
+func (s *sidecar) stop() {
+	if err := s.n.Close(); err != nil {
+		s.Error(err)
+	}
+	<-s.done
+}
+
+func (s *sidecar) run() {
+	defer close(s.done)
+	type waiting struct {
+		*appendCall
+		sequence, index uint64
+	}
+	var (
+		term, sequence, stored uint64
+		queue                  []*waiting
+		next                   *Entry
+	)
+	fail := func() {
+		for _, w := range queue {
+			w.done <- errNotActive
+		}
+		queue, next, term = nil, nil, 0
+		s.set(0)
+	}
+	defer fail()
+	for {
+		var entries chan<- Entry
+		var offer Entry
+		appends := s.appends
+		if next != nil {
+			entries, offer, appends = s.n.Entries(), *next, nil
+		}
+		select {
+		case entries <- offer:
+			next = nil
+		case call := <-appends:
+			if term == 0 {
+				call.done <- errNotActive
+				continue
+			}
+			sequence++
+			queue = append(queue, &waiting{appendCall: call, sequence: sequence})
+			next = &Entry{Term: term, Sequence: sequence, Records: call.records}
+		case e, open := <-s.n.Events():
+			if !open {
+				return
+			}
+			switch e.Kind {
+			case Reset:
+				fail()
+				s.reload()
+			case Applied:
+				s.apply(e.Records)
+				for i, w := range queue {
+					if e.Term == term && w.sequence == e.Sequence {
+						w.index = e.Index
+						if e.Stored || stored >= e.Index {
+							w.done <- nil
+							queue = append(queue[:i], queue[i+1:]...)
+						}
+						break
+					}
+				}
+			case Stored:
+				if e.Term != term {
+					continue
+				}
+				stored = max(stored, e.Index)
+				kept := queue[:0]
+				for _, w := range queue {
+					if w.index > 0 && w.index <= stored {
+						w.done <- nil
+					} else {
+						kept = append(kept, w)
+					}
+				}
+				queue = kept
+			case Active:
+				fail()
+				term, sequence, stored = e.Term, 0, 0
+				s.set(term)
+			case Inactive, Failed, Ignored:
+				if e.Term == term {
+					fail()
+					if e.Kind != Inactive {
+						s.n.Resign(e.Term)
+					}
+				}
+			}
+		}
+	}
+}
+
+func (s *sidecar) set(term uint64) {
+	s.mu.Lock()
+	s.term = term
+	s.mu.Unlock()
+	if s.n.member != nil {
+		s.n.Announce(term != 0, term)
+	}
+}
+
+func (s *sidecar) active() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.term != 0
+}
+
+func (s *sidecar) reload() {
+	state := map[string]string{}
+	if err := s.n.Latest(func(r Record) error { state[string(r.Key)] = string(r.Value); return nil }); err != nil {
+		s.Error(err)
+	}
+	s.mu.Lock()
+	s.state = state
+	s.mu.Unlock()
+}
+
+func (s *sidecar) apply(records []Record) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, r := range records {
+		if r.Value == nil {
+			delete(s.state, string(r.Key))
+		} else {
+			s.state[string(r.Key)] = string(r.Value)
+		}
+	}
+}
+
+func (s *sidecar) value(key string) string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.state[key]
+}
+
+// append appends one record and waits for it.
+func (s *sidecar) append(ctx context.Context, key, value string) error {
+	call := &appendCall{records: []Record{{Partition: 0, Key: []byte(key), Value: []byte(value)}}, done: make(chan error, 1)}
+	select {
+	case s.appends <- call:
+	case <-s.done:
+		return errNotActive
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	select {
+	case err := <-call.done:
+		return err
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// fleet is a cluster in this process, over loopback.
+type fleet struct {
+	*testing.T
+	all []*sidecar
+}
+
+func newFleet(t *testing.T, n int, change func(i int, c *Config)) *fleet {
+	t.Helper()
+	f := &fleet{T: t}
+	for range n {
+		f.add(t.TempDir(), change)
+	}
+	return f
+}
+
+// add starts one more, which joins those that there are; the first founds the cluster.
+func (f *fleet) add(dir string, change func(i int, c *Config)) *sidecar {
+	f.Helper()
+	c := testConfig(dir)
+	c.Cluster = &ClusterConfig{Name: "test", Gossip: "127.0.0.1:0", Peer: "127.0.0.1:0", MaxVoters: 3}
+	for _, s := range f.all {
+		if !s.ended() {
+			c.Cluster.Join = append(c.Cluster.Join, s.n.GossipAddr())
+		}
+	}
+	if change != nil {
+		change(len(f.all), &c)
+	}
+	s := startSidecar(f.T, c)
+	f.all = append(f.all, s)
+	return s
+}
+
+func (s *sidecar) ended() bool {
+	select {
+	case <-s.done:
+		return true
+	default:
+		return false
+	}
+}
+
+// await waits for a condition, generously: the machine may be slow.
+func (f *fleet) await(what string, ok func() bool) {
+	f.Helper()
+	for deadline := time.Now().Add(60 * time.Second); !ok(); time.Sleep(2 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			for _, s := range f.all {
+				if !s.ended() {
+					f.Logf("%s: %+v", s.n.ID(), s.n.Status())
+				}
+			}
+			f.Fatalf("no %s after 60 s", what)
+		}
+	}
+}
+
+// roles counts the living by role, as each says of itself.
+func (f *fleet) roles() map[string]int {
+	roles := map[string]int{}
+	for _, s := range f.all {
+		if !s.ended() {
+			roles[s.n.Status().Role]++
+		}
+	}
+	return roles
+}
+
+// active gives the one that answers; it waits until there is one.
+func (f *fleet) active() *sidecar {
+	f.Helper()
+	var found *sidecar
+	f.await("active sidecar", func() bool {
+		for _, s := range f.all {
+			if !s.ended() && s.active() {
+				found = s
+				return true
+			}
+		}
+		return false
+	})
+	return found
+}
+
+// put appends on whoever is active, until it succeeds.
+func (f *fleet) put(key, value string) {
+	f.Helper()
+	f.await("append of "+key, func() bool {
+		ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+		defer cancel()
+		return f.active().append(ctx, key, value) == nil
+	})
+}
+
+func TestThreeSidecarsBecomeThreeVotersByThemselves(t *testing.T) {
+	f := newFleet(t, 3, nil)
+	f.await("three voters", func() bool { return f.roles()[RoleVoter] == 3 })
+	for i := range 20 {
+		f.put(fmt.Sprint("key", i), "value")
+	}
+	for _, s := range f.all {
+		f.await("copy on every replica", func() bool { return s.value("key19") == "value" })
+	}
+}
+
+func TestKillOfTheActiveOneLosesNothingAndAnotherTakesOver(t *testing.T) {
+	f := newFleet(t, 3, nil)
+	f.await("three voters", func() bool { return f.roles()[RoleVoter] == 3 })
+	f.put("before", "1")
+	old := f.active()
+	began := time.Now()
+	old.stop()
+	f.put("after", "2")
+	t.Logf("%v from the stop to the first append", time.Since(began))
+	if got := f.active().value("before"); got != "1" {
+		t.Fatalf("before is %q", got)
+	}
+}
+
+var _ raft.ServerID

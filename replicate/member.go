@@ -1,0 +1,432 @@
+package replicate
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"slices"
+	"strconv"
+	"sync"
+	"time"
+
+	"github.com/google/uuid"
+	"github.com/hashicorp/raft"
+)
+
+// Local keys of a member.
+const (
+	removedKey = "removed" // present: this node was taken out of raft's configuration
+)
+
+const (
+	// rpcTimeout bounds a raft request to a peer. A stopped peer is noticed by raft's own time-outs long before; this is
+	// how long a request that was swallowed keeps the way to that peer blocked.
+	rpcTimeout = 2 * time.Second
+	// raftPool is how many idle connections to each peer raft keeps: one replicates, one carries heartbeats.
+	raftPool = 3
+)
+
+// member is a node's way to the others: how it finds them, and what it is in raft's configuration.
+//
+// A node without state is a forwarder until the leader speaks raft to it; one that has been taken out of the
+// configuration becomes a forwarder again, and keeps what it has for the case that it is needed once more.
+type member struct {
+	node   *Node
+	config ClusterConfig
+	port   *peerPort
+	status *status
+	gossip *gossip
+
+	ctx     context.Context
+	cancel  context.CancelFunc
+	workers sync.WaitGroup
+	retag   chan struct{} // the tags have changed
+
+	raftMu sync.Mutex // held while a replica is started or ended
+	stream *raftStream
+
+	mu            sync.Mutex
+	clusterID     uuid.UUID
+	leaving       bool
+	waiting       string // what keeps us from being a member
+	configuration raft.Configuration
+	index         uint64 // raft's, of configuration
+}
+
+// openMember opens the peer port and looks for the others.
+func (n *Node) openMember(c ClusterConfig) error {
+	m := &member{node: n, config: c, retag: make(chan struct{}, 1)}
+	m.ctx, m.cancel = context.WithCancel(context.Background())
+	n.member = m
+	fresh, err := n.store.Fresh()
+	if err != nil {
+		return err
+	}
+	removed, err := m.load(fresh)
+	if err != nil {
+		return err
+	}
+	m.port, err = openPeerPort(peerConfig{
+		bind: c.Peer, identity: m.identity, resolve: m.resolve, security: c.Security, logger: n.log, metrics: n.config.Metrics,
+		accept: map[peerKind]func(net.Conn, peerIdentity){peerRaft: m.acceptRaft, peerForward: m.acceptForward},
+	})
+	if err != nil {
+		return fmt.Errorf("--peer %s: %w", c.Peer, err)
+	}
+	m.status = openStatus(m.port, m.facts, n.log)
+	m.gossip, err = openGossip(c, string(n.id), m.peerAddr(), m.tags, n.log)
+	if err != nil {
+		return fmt.Errorf("--gossip %s: %w", c.Gossip, err)
+	}
+	m.workers.Go(m.followGossip)
+	m.workers.Go(m.followConfiguration)
+	m.workers.Go(m.keepTags)
+	m.workers.Go(m.tmpRoles)
+	switch {
+	case !fresh && !removed:
+		err = m.enlist()
+	case fresh:
+		err = m.openBirth()
+	}
+	return err
+}
+
+// load reads what an earlier process has noted.
+func (m *member) load(fresh bool) (removed bool, err error) {
+	local := m.node.store.Local()
+	id, err := local.Get(clusterIDKey)
+	if err != nil {
+		return false, err
+	}
+	if id == nil && !fresh { // written by a version that knew no peers
+		id = []byte(uuid.NewString())
+		if err := local.Put(clusterIDKey, id); err != nil {
+			return false, err
+		}
+	}
+	if id != nil {
+		if m.clusterID, err = uuid.ParseBytes(id); err != nil {
+			return false, fmt.Errorf("the cluster's id in the store: %w", err)
+		}
+	}
+	epoch, err := clusterEpoch(local)
+	if err != nil {
+		return false, err
+	}
+	if epoch > 0 { // a recovered cluster is another one: the log of those who were left behind is not its log
+		m.clusterID = uuid.NewSHA1(m.clusterID, []byte(strconv.FormatUint(epoch, 10)))
+	}
+	mark, err := local.Get(removedKey)
+	return mark != nil, err
+}
+
+func (m *member) identity() peerIdentity {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return peerIdentity{cluster: m.config.Name, clusterID: m.clusterID, node: string(m.node.id)}
+}
+
+func (m *member) resolve(node string) (string, bool) {
+	if m.gossip == nil { // not open yet
+		return "", false
+	}
+	return m.gossip.resolve(node)
+}
+
+// peerAddr is what peers are told of the peer port.
+func (m *member) peerAddr() string {
+	host, port, _ := net.SplitHostPort(m.port.addr().String())
+	if m.config.Advertise != "" {
+		host = m.config.Advertise
+	}
+	return net.JoinHostPort(host, port)
+}
+
+// adopt takes over the id of the cluster that has found us. Our own, once known, never changes: peers of another are
+// refused by their hello.
+func (m *member) adopt(id uuid.UUID) error {
+	m.mu.Lock()
+	known := m.clusterID != uuid.UUID{}
+	m.mu.Unlock()
+	if known || id == (uuid.UUID{}) {
+		return nil
+	}
+	if err := m.node.store.Local().Put(clusterIDKey, []byte(id.String())); err != nil {
+		return fmt.Errorf("noting the cluster's id: %w", err)
+	}
+	m.mu.Lock()
+	m.clusterID = id
+	m.mu.Unlock()
+	m.tell()
+	return nil
+}
+
+// found makes this node's empty store a cluster of one, with an id of its own.
+func (m *member) found() error {
+	if err := m.adopt(uuid.New()); err != nil {
+		return err
+	}
+	if err := m.node.bootstrap(); err != nil {
+		return err
+	}
+	return m.enlist()
+}
+
+// enlist starts the replica if there is none.
+func (m *member) enlist() error {
+	_, err := m.enlisted()
+	return err
+}
+
+// enlisted gives the way in of the running replica, which it starts if there is none.
+func (m *member) enlisted() (*raftStream, error) {
+	m.raftMu.Lock()
+	defer m.raftMu.Unlock()
+	n := m.node
+	if m.ctx.Err() != nil {
+		return nil, errEnding
+	}
+	if n.running.Load() != nil {
+		return m.stream, nil
+	}
+	if err := n.store.Local().Put(removedKey, nil); err != nil {
+		return nil, err
+	}
+	stream := newRaftStream(m.port, string(n.id), func(from string) { m.ended(from) })
+	inner := raft.NewNetworkTransportWithConfig(&raft.NetworkTransportConfig{
+		Stream: stream, MaxPool: raftPool, Timeout: rpcTimeout, Logger: &raftLogger{log: n.log}, MsgpackUseNewTimeFormat: true,
+	})
+	r, err := n.startReplica(inner, m.configured)
+	if err != nil {
+		return nil, err
+	}
+	m.stream = stream
+	n.running.Store(r)
+	m.tell()
+	if r.lone() {
+		go r.transport.campaign(n.id)
+	}
+	return stream, nil
+}
+
+// ended is told of an incoming raft connection that the other side has closed.
+func (m *member) ended(from string) {}
+
+// dismiss ends the replica: the others have taken this node out of the configuration. A voter that did not know would
+// call elections for ever (hashicorp/raft#524).
+func (m *member) dismiss(r *replica) {
+	m.raftMu.Lock()
+	defer m.raftMu.Unlock()
+	n := m.node
+	if m.ctx.Err() != nil || !n.running.CompareAndSwap(r, nil) {
+		return
+	}
+	n.log.Info("this sidecar is no longer a member of the cluster's raft configuration; it forwards")
+	if err := n.store.Local().Put(removedKey, []byte{1}); err != nil {
+		n.log.Warn("noting the removal", "err", err)
+	}
+	if err := r.shut(); err != nil {
+		n.log.Warn("ending the replica", "err", err)
+	}
+	m.mu.Lock()
+	m.configuration, m.index = raft.Configuration{}, 0
+	m.mu.Unlock()
+	m.tell()
+}
+
+// acceptRaft takes a raft connection. It comes from a leader that counts us in, or from a candidate.
+func (m *member) acceptRaft(conn net.Conn, from peerIdentity) {
+	err := m.adopt(from.clusterID)
+	var stream *raftStream
+	if err == nil {
+		stream, err = m.enlisted()
+	}
+	if err != nil {
+		if !errors.Is(err, errEnding) {
+			m.node.log.Error("becoming a member", "from", from.node, "err", err)
+		}
+		_ = conn.Close()
+		return
+	}
+	stream.take(conn, from)
+}
+
+// acceptForward takes a connection with requests of another sidecar's clients.
+func (m *member) acceptForward(conn net.Conn, from peerIdentity) {
+	if m.config.Forwarded == nil {
+		_ = conn.Close()
+		return
+	}
+	m.config.Forwarded(conn, from.node)
+}
+
+// configured is told of each configuration that raft has committed, on the fsm's goroutine.
+func (m *member) configured(index uint64, c raft.Configuration) {
+	m.mu.Lock()
+	was := suffrage(m.configuration, m.node.id)
+	m.configuration, m.index = c, index
+	m.mu.Unlock()
+	m.tell()
+	r := m.node.running.Load()
+	if r == nil {
+		return
+	}
+	if was != "" && suffrage(c, m.node.id) == "" {
+		go m.dismiss(r)
+	}
+	if term, leading := r.leadership(); leading {
+		m.push(term)
+	}
+}
+
+// push tells everyone who belongs to the configuration. Who is taken out hears of it no more through raft.
+func (m *member) push(term uint64) {
+	m.mu.Lock()
+	index, ids := m.index, make([]string, 0, len(m.configuration.Servers))
+	for _, s := range m.configuration.Servers {
+		ids = append(ids, string(s.ID))
+	}
+	m.mu.Unlock()
+	m.status.pushConfiguration(term, index, ids)
+}
+
+// followConfiguration ends our replica when a leader says that we are out.
+func (m *member) followConfiguration() {
+	for {
+		_, index, ids, changed := m.status.configuration()
+		r := m.node.running.Load()
+		m.mu.Lock()
+		mine := m.index
+		m.mu.Unlock()
+		if r != nil && len(ids) > 0 && index >= mine && mine > 0 && !slices.Contains(ids, string(m.node.id)) {
+			m.dismiss(r)
+		}
+		select {
+		case <-changed:
+		case <-m.ctx.Done():
+			return
+		}
+	}
+}
+
+// followGossip keeps the status streams on whoever is a voter.
+func (m *member) followGossip() {
+	for {
+		changed := m.gossip.changed()
+		var voters []string
+		for _, other := range m.gossip.members() {
+			if other.ID != string(m.node.id) && other.alive() && other.Tags[tagRole] == RoleVoter {
+				voters = append(voters, other.ID)
+			}
+		}
+		m.status.setVoters(voters)
+		select {
+		case <-changed:
+		case <-m.ctx.Done():
+			return
+		}
+	}
+}
+
+// tell has the tags sent.
+func (m *member) tell() {
+	select {
+	case m.retag <- struct{}{}:
+	default:
+	}
+}
+
+// keepTags sends the tags when they have changed: serf waits until somebody has them.
+func (m *member) keepTags() {
+	for {
+		select {
+		case <-m.retag:
+		case <-m.ctx.Done():
+			return
+		}
+		if err := m.gossip.setTags(m.tags()); err != nil && m.ctx.Err() == nil {
+			m.node.log.Debug("telling the others what we are", "err", err)
+		}
+	}
+}
+
+// tags are what others see of us through gossip.
+func (m *member) tags() map[string]string {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	tags := map[string]string{tagRole: m.roleLocked()}
+	if m.clusterID != (uuid.UUID{}) {
+		tags[tagClusterID] = m.clusterID.String()
+	}
+	if m.leaving {
+		tags[tagLeaving] = "1"
+	}
+	return tags
+}
+
+// roleLocked is our role by the newest configuration that was committed; the caller holds mu.
+func (m *member) roleLocked() string {
+	if m.node.running.Load() == nil {
+		return RoleForwarder
+	}
+	if role := suffrage(m.configuration, m.node.id); role != "" {
+		return role
+	}
+	return RoleForwarder
+}
+
+// suffrage gives the role that a configuration gives to a node, "" for none.
+func suffrage(c raft.Configuration, id raft.ServerID) string {
+	for _, s := range c.Servers {
+		switch {
+		case s.ID != id:
+		case s.Suffrage == raft.Voter:
+			return RoleVoter
+		default:
+			return RoleStandby
+		}
+	}
+	return ""
+}
+
+// retire lets no replica be started any more.
+func (m *member) retire() {
+	m.cancel()
+	m.raftMu.Lock() // whoever is starting one has done so
+	defer m.raftMu.Unlock()
+}
+
+// close ends everything but the replica, which must be at its end already.
+func (m *member) close() error {
+	var err error
+	if m.gossip != nil {
+		err = m.gossip.close()
+	}
+	if m.status != nil {
+		m.status.close()
+	}
+	if m.port != nil {
+		err = errors.Join(err, m.port.close())
+	}
+	m.workers.Wait()
+	return err
+}
+
+// facts are what this node says of itself to one that asks.
+func (m *member) facts() facts {
+	m.mu.Lock()
+	f := facts{ClusterID: m.clusterID, Role: m.roleLocked(), Expect: m.config.BootstrapExpect, Version: m.config.Version}
+	m.mu.Unlock()
+	fresh, err := m.node.store.Fresh()
+	f.HasState = err != nil || !fresh
+	if r := m.node.running.Load(); r != nil {
+		f.Term, f.LastIndex = r.raft.CurrentTerm(), r.raft.LastIndex()
+		_, id := r.raft.LeaderWithID()
+		f.Leader = string(id)
+	}
+	return f
+}
+
+// track fills in what only the leader knows of its replicas.
+func (m *member) track(infos map[string]*MemberInfo) {}
