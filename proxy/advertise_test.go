@@ -181,7 +181,7 @@ func TestHangingStoreKeepsNobodyWaiting(t *testing.T) {
 	s.brokers.set(a.broker(), b.broker())
 	c := config(a.addr())
 	c.Logger = discard
-	s.Proxy = proxy.New(c, s.echo, s.brokers, store, nil)
+	s.Proxy = proxy.New(c, s.echo, s.brokers, store, nil, nil)
 	if err := s.Start(); err != nil {
 		t.Fatal(err)
 	}

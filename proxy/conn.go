@@ -61,7 +61,7 @@ func newConn(p *Proxy, l *listener, client net.Conn) *conn {
 	if h, _, err := net.SplitHostPort(host); err == nil {
 		host = h
 	}
-	c.session.init(p, "/"+host, c.inflight.signal)
+	c.session.init(p, l.node, "/"+host, c.inflight.signal, func() bool { return hungUp(client) })
 	return c
 }
 
@@ -95,7 +95,7 @@ func (c *conn) ended(who string) {
 		c.close()
 	}
 	if c.ends.Add(1) == 2 {
-		c.session.drop()
+		c.session.end()
 		c.proxy.metrics.Add(tracing.RequestsInFlight, -int64(c.inflight.len()))
 		c.proxy.gone(c)
 	}

@@ -31,8 +31,23 @@
 // several in one write where they lie ready. On a connection that talks to its broker alone writeReplies does not wait to
 // be told of a slot: it listens to the leg, whose reply wakes it.
 //
+// # Peers
+//
+// Where the active coordinator is another sidecar's, sessions send their requests over a link to it (forward.go), one
+// connection for all of them; the other end of a link is a peerConn (peers.go). Frames cross it unchanged, both ways. A
+// link lasts as long as its connection and its activation, whichever ends first; whatever is unanswered then comes back
+// to its session, exactly as from our own coordinator when that ceases to be active, and goes to whoever is active next
+// under the same ordinal, by which the coordinator knows what it has executed. Nobody waits for a link: its queue holds
+// no bytes but the frames that the clients' own slots keep, and are bounded by.
+//
+// At the other end nothing is submitted that may be older than something submitted already: streams of another term are
+// refused, a session's newer stream ends its older one, and a sidecar's newer connection its older one, however much of
+// that lies unread in a socket.
+//
 // # Goroutines
 //
 // accept (a listener) · readRequests, writeReplies (a connection) · dial (a leg, until it is up) · probe (a broker that
-// is suspected to be down, until it answers) · keepListeners and resumeSessions (one each). All end with Shutdown.
+// is suspected to be down, until it answers) · keepListeners, resumeSessions and followActive (one each) · keepLink (an
+// activation elsewhere), which reads the link; write and watch (a link) · ServePeer, which reads, and write (a peer's
+// connection). All end with Shutdown.
 package proxy

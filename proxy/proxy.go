@@ -43,6 +43,7 @@ type Config struct {
 	MaxConnections  int           // client connections
 	UpstreamTimeout time.Duration // without progress from the upstream, beyond the request's own wait
 	CommitTimeout   time.Duration // a write of the coordinator is answered within this time
+	Node            string        // this sidecar's id among its peers; "" without any
 	Logger          *slog.Logger
 	Listener        func(network, addr string) (net.Listener, error)                  // nil: net.Listen
 	Dial            func(ctx context.Context, network, addr string) (net.Conn, error) // nil: a net.Dialer's
@@ -52,6 +53,15 @@ type Config struct {
 type Coordinator interface {
 	Submit(*coordinator.Request)
 	Status() coordinator.Status
+}
+
+// Peers are the other sidecars (replicate.Node).
+type Peers interface {
+	// Active says whose coordinator answers, as far as is known, perhaps our own; node "" is nobody. The higher term
+	// counts. Changed is closed when this no longer holds.
+	Active() (term uint64, node string, changed <-chan struct{})
+	// Dial opens a connection for forwarded requests to a peer, whose ServePeer it reaches.
+	Dial(ctx context.Context, node string) (net.Conn, error)
 }
 
 // Upstream knows the upstream's brokers and topics (upstream.Client).
@@ -69,6 +79,7 @@ type Proxy struct {
 	coordinator Coordinator
 	upstream    Upstream
 	store       Store
+	peers       Peers // nil: alone
 	metrics     *tracing.Metrics
 	logger      *slog.Logger
 
@@ -83,6 +94,8 @@ type Proxy struct {
 	table     table
 	health    health
 	held      heldSessions
+	forward   forwarder
+	serving   peerConns
 	mover     mover
 	keeper    chan struct{} // capacity 1: there is something to bind again
 
@@ -109,8 +122,8 @@ func (l *listener) close() {
 	}
 }
 
-// New makes a Proxy; Start binds its listeners.
-func New(config Config, c Coordinator, u Upstream, store Store, metrics *tracing.Metrics) *Proxy {
+// New makes a Proxy; Start binds its listeners. Without peers (nil) group requests are for our own coordinator alone.
+func New(config Config, c Coordinator, u Upstream, store Store, peers Peers, metrics *tracing.Metrics) *Proxy {
 	if config.Listener == nil {
 		config.Listener = net.Listen
 	}
@@ -119,7 +132,7 @@ func New(config Config, c Coordinator, u Upstream, store Store, metrics *tracing
 	}
 	config.MaxInflight = min(max(config.MaxInflight, 1), mostInflight)
 	p := &Proxy{
-		config: config, coordinator: c, upstream: u, store: store, metrics: metrics, logger: config.Logger,
+		config: config, coordinator: c, upstream: u, store: store, peers: peers, metrics: metrics, logger: config.Logger,
 		conns:  map[*conn]struct{}{},
 		left:   make(chan struct{}, 1),
 		keeper: make(chan struct{}, 1),
@@ -129,6 +142,7 @@ func New(config Config, c Coordinator, u Upstream, store Store, metrics *tracing
 	p.complaints.of = map[string]complaint{}
 	p.ctx, p.cancel = context.WithCancel(context.Background())
 	p.table.init(p)
+	p.forward.init(p)
 	return p
 }
 
@@ -158,6 +172,10 @@ func (p *Proxy) Start() error {
 	go p.saveTable()
 	go p.keepListeners()
 	go p.resumeSessions()
+	if p.peers != nil {
+		p.running.Add(1)
+		go p.forward.followActive()
+	}
 	p.accept(p.bootstrap)
 	p.logger.Info("listening for clients", "addr", net.JoinHostPort(p.advertiseHost, strconv.Itoa(bound)))
 	return nil
@@ -235,6 +253,7 @@ func (p *Proxy) Shutdown(ctx context.Context) error {
 		c.close()
 	}
 	p.mu.Unlock()
+	p.serving.closeAll()
 	p.running.Wait()
 	p.table.store()
 	return err

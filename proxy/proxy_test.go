@@ -141,7 +141,10 @@ type side struct {
 	brokers *brokers
 	store   *memory
 	metrics *tracing.Metrics
-	logs    *logs
+	peers   proxy.Peers
+
+	coordinator proxy.Coordinator // nil: echo
+	logs        *logs
 }
 
 func config(upstreams ...string) proxy.Config {
@@ -159,7 +162,10 @@ func start(t testing.TB, c proxy.Config, change ...func(*side)) *side {
 		f(s)
 	}
 	c.Logger = slog.New(slog.NewTextHandler(s.logs, &slog.HandlerOptions{Level: slog.LevelDebug}))
-	s.Proxy = proxy.New(c, s.echo, s.brokers, s.store, s.metrics)
+	if s.coordinator == nil {
+		s.coordinator = s.echo
+	}
+	s.Proxy = proxy.New(c, s.coordinator, s.brokers, s.store, s.peers, s.metrics)
 	if err := s.Start(); err != nil {
 		t.Fatal(err)
 	}
@@ -176,7 +182,7 @@ var discard = slog.New(slog.DiscardHandler)
 
 func newProxy(c proxy.Config) *proxy.Proxy {
 	c.Logger = discard
-	return proxy.New(c, newEcho(true), &brokers{}, &memory{}, nil)
+	return proxy.New(c, newEcho(true), &brokers{}, &memory{}, nil, nil)
 }
 
 func (s *side) stop() {

@@ -182,19 +182,7 @@ func (c *conn) awake(s *slot, alarmed bool) bool {
 func (c *conn) reply(s *slot) error {
 	switch s.kind {
 	case slotCalled:
-		for s.response == nil {
-			response, until, err := s.call.result(time.Now())
-			if response == nil {
-				if err == nil {
-					err = c.sleep(s, nil, until)
-				}
-				if err != nil {
-					return err
-				}
-				continue
-			}
-			s.response = c.filter(response)
-		}
+		return c.replyCalled(s)
 	case slotVersions:
 		for !s.leg.settled() {
 			if err := c.sleep(s, s.leg.ready, time.Time{}); err != nil {
@@ -217,6 +205,33 @@ func (c *conn) reply(s *slot) error {
 	}
 	c.out = wire.AppendResponse(c.out, s.correlation, s.response)
 	return nil
+}
+
+// replyCalled waits for a coordinator's answer. A frame that came from a peer is passed on as it is.
+func (c *conn) replyCalled(s *slot) error {
+	for {
+		a, until, err := s.call.result(time.Now())
+		if a.none() {
+			if err == nil {
+				err = c.sleep(s, nil, until)
+			}
+			if err != nil {
+				return err
+			}
+			continue
+		}
+		if a.response == nil && s.key == keyListGroups && c.listener.node != anyNode {
+			if a.response, err = wire.DecodeResponse(s.key, s.version, a.frame); err != nil {
+				return blame(tracing.MistakeUpstream, "a peer's reply cannot be passed on: %v", err)
+			}
+		}
+		if a.response == nil {
+			c.append(a.frame)
+		} else {
+			c.out = wire.AppendResponse(c.out, s.correlation, c.filter(a.response))
+		}
+		return nil
+	}
 }
 
 // filter leaves of ListGroups, on a broker's listener, the groups of that node: clients ask every broker and put the

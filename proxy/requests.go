@@ -198,7 +198,7 @@ func (c *conn) answer(h wire.RequestHeader, r route, frame []byte) error {
 	switch {
 	case r.action == coordinate:
 		s.kind = slotCalled
-		s.call = c.session.submit(req, h.ClientID)
+		s.call = c.session.submit(req, frame[4:], h.ClientID)
 	case r.action == refuse:
 		s.response = refusal(req)
 	default:

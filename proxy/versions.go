@@ -21,6 +21,7 @@ const (
 	keyOffsetCommit    = 8
 	keyOffsetFetch     = 9
 	keyFindCoordinator = 10
+	keyListGroups      = 16
 	keyApiVersions     = 18
 )
 
@@ -34,7 +35,7 @@ var own = map[int16]versions{
 	13:                 {0, 5}, // LeaveGroup
 	14:                 {0, 5}, // SyncGroup
 	15:                 {0, 6}, // DescribeGroups
-	16:                 {0, 5}, // ListGroups
+	keyListGroups:      {0, 5},
 	keyApiVersions:     {0, 5}, // 5: KIP-1242
 	42:                 {0, 2}, // DeleteGroups
 	47:                 {0, 0}, // OffsetDelete

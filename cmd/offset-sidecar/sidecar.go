@@ -163,7 +163,7 @@ func (s *Sidecar) openProxy() error {
 		MaxFrame: int32(c.MaxFrame), MaxGroupFrame: maxGroupFrame,
 		MaxInflight: c.MaxInflight, MaxConnections: c.MaxConnections, UpstreamTimeout: c.UpstreamTimeout,
 		CommitTimeout: s.config.Coordinator.CommitTimeout, Logger: s.logger,
-	}, s.coordinator, s.upstream, s.node.Local(), s.metrics)
+	}, s.coordinator, s.upstream, s.node.Local(), nil, s.metrics)
 	if err := s.proxy.Start(); err != nil {
 		return bindError("--listen", c.Listen, err)
 	}

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/binary"
 	"errors"
+	"fmt"
 
 	"github.com/twmb/franz-go/pkg/kmsg"
 )
@@ -27,14 +28,37 @@ const keyApiVersions = 18
 // versions, but never in ApiVersions, which clients read before they know what the broker speaks (KIP-511).
 func AppendResponse(dst []byte, correlationID int32, resp kmsg.Response) []byte {
 	start := len(dst)
-	dst = append(dst, 0, 0, 0, 0)
+	dst = AppendResponseFrame(append(dst, 0, 0, 0, 0), correlationID, resp)
+	binary.BigEndian.PutUint32(dst[start:], uint32(len(dst)-start-4))
+	return dst
+}
+
+// AppendResponseFrame appends what AppendResponse does, without the size in front.
+func AppendResponseFrame(dst []byte, correlationID int32, resp kmsg.Response) []byte {
 	dst = binary.BigEndian.AppendUint32(dst, uint32(correlationID))
 	if resp.IsFlexible() && resp.Key() != keyApiVersions {
 		dst = append(dst, 0)
 	}
-	dst = resp.AppendTo(dst)
-	binary.BigEndian.PutUint32(dst[start:], uint32(len(dst)-start-4))
-	return dst
+	return resp.AppendTo(dst)
+}
+
+// DecodeResponse decodes a frame that answers a request of that key and version, as AppendResponseFrame writes it.
+func DecodeResponse(key, version int16, frame []byte) (kmsg.Response, error) {
+	resp := kmsg.ResponseForKey(key)
+	if resp == nil {
+		return nil, fmt.Errorf("%w: api key %d", ErrVersion, key)
+	}
+	resp.SetVersion(version)
+	r := reader{b: frame, flexible: resp.IsFlexible() && key != keyApiVersions}
+	r.skip(4)
+	r.skipTags()
+	if r.err != nil {
+		return nil, r.err
+	}
+	if err := resp.ReadFrom(frame[r.at:]); err != nil {
+		return nil, fmt.Errorf("%s version %d: %w", kmsg.NameForKey(key), version, ErrShort)
+	}
+	return resp, nil
 }
 
 // otherProtocols are the first bytes of what people point at a Kafka port by mistake.
