@@ -373,7 +373,7 @@ func TestGarbageFromAPeerHarmsNobodyElse(t *testing.T) {
 				t.Fatalf("%d bytes, %v", n, err)
 			}
 			mistakes++
-			until(t, "it is counted", func() bool { return b.metrics.Value(tracing.PeerMistakes) == mistakes })
+			until(t, "it is counted", func() bool { return b.metrics.Value(tracing.ForwardMistakes) == mistakes })
 		})
 	}
 

@@ -111,15 +111,15 @@ func (p *Proxy) ServePeer(conn net.Conn, from string) {
 	defer p.running.Done()
 	defer p.serving.remove(c)
 	unpaced(conn)
-	p.metrics.Add(tracing.PeerConnections, 1)
-	defer p.metrics.Add(tracing.PeerConnections, -1)
+	p.metrics.Add(tracing.ForwardPeers, 1)
+	defer p.metrics.Add(tracing.ForwardPeers, -1)
 	p.running.Add(1)
 	go c.write()
 	defer close(c.done)
 	err := c.read()
 	switch {
 	case errors.Is(err, errPeerMistake) || errors.Is(err, wire.ErrShort) || errors.Is(err, wire.ErrMalformed):
-		p.metrics.Add(tracing.PeerMistakes, 1)
+		p.metrics.Add(tracing.ForwardMistakes, 1)
 		p.complainOf("peer "+from, mistakeLines, fmt.Sprintf("peer %s at %s: %v; its connection is closed", from, conn.RemoteAddr(), err))
 	case p.ctx.Err() == nil:
 		p.logger.Debug("a peer's connection ended", "peer", from, "err", err)

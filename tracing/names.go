@@ -20,8 +20,8 @@ const (
 	ForwardedRequests                 // proxy: group requests sent to the active sidecar, each time they are
 	ForwardLinks                      // proxy: connections to the active sidecar now
 	PeerRequests                      // proxy: group requests that peers have sent us
-	PeerConnections                   // proxy: connections by which peers do so now
-	PeerMistakes                      // proxy: those closed for what was sent on them
+	ForwardPeers                      // proxy: connections by which peers do so now
+	ForwardMistakes                   // proxy: those closed for what was sent on them
 	Active                            // coordinator: 1 while it answers
 	Activations                       // coordinator: terms in which it became active
 	Term                              // coordinator: the term of the newest activation
@@ -68,8 +68,8 @@ var series = [seriesCount]struct {
 	ForwardedRequests:   {"offset_sidecar_forwarded_requests_total", counter, "Group requests sent to the active sidecar."},
 	ForwardLinks:        {"offset_sidecar_forward_links", gauge, "Connections to the active sidecar for group requests open now."},
 	PeerRequests:        {"offset_sidecar_peer_requests_total", counter, "Group requests that other sidecars have sent to this one."},
-	PeerConnections:     {"offset_sidecar_peer_connections", gauge, "Connections by which other sidecars send group requests open now."},
-	PeerMistakes:        {"offset_sidecar_peer_mistakes_total", counter, "Connections of other sidecars closed for what was sent on them."},
+	ForwardPeers:        {"offset_sidecar_forward_peers", gauge, "Connections by which other sidecars send group requests open now."},
+	ForwardMistakes:     {"offset_sidecar_forward_mistakes_total", counter, "Connections of other sidecars closed for what was sent on them."},
 	Active:              {"offset_sidecar_active", gauge, "1 while this sidecar's coordinator answers."},
 	Activations:         {"offset_sidecar_activations_total", counter, "Times the coordinator became active."},
 	Term:                {"offset_sidecar_term", gauge, "Raft term of the newest activation."},
