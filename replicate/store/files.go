@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"math/bits"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -46,6 +47,7 @@ func (e *NewerFormatError) Error() string {
 type DamagedError struct {
 	Dir, Reason string
 	Err         error
+	tail        bool // what is left can be used
 }
 
 func (e *DamagedError) Error() string {
@@ -53,8 +55,11 @@ func (e *DamagedError) Error() string {
 	if e.Err != nil {
 		msg += ": " + e.Err.Error()
 	}
-	return msg + fmt.Sprintf("; nothing was changed. Restore it from a copy; or, to start empty and lose what it held, move %s and %s out of it",
-		databaseName, watermarkName)
+	msg += "; nothing was moved or deleted. Restore the directory from a copy; or, "
+	if e.tail {
+		msg += fmt.Sprintf("to go on with what is left and lose what was acknowledged after it, delete %s; or, ", watermarkName)
+	}
+	return msg + fmt.Sprintf("to start empty and lose what it held, move %s and %s out of it", databaseName, watermarkName)
 }
 
 func (e *DamagedError) Unwrap() error { return e.Err }
@@ -99,6 +104,9 @@ const (
 	lockName     = "LOCK"
 	ballastName  = "ballast"
 	incomingName = "incoming.snapshot"
+
+	quarantinePrefix = "quarantine-"
+	quarantineKept   = 3
 )
 
 // files is what lies around the database: lock, format, watermark, ballast, a snapshot that is coming in.
@@ -123,7 +131,8 @@ func openFiles(opt Options, log *slog.Logger) (*files, error) {
 	}
 	f := &files{dir: opt.Dir, log: log, guard: newGuard(opt, log)}
 	// The format comes before the lock: a directory of a newer version may be one that we cannot even lock.
-	if err := f.checkFormat(); err != nil {
+	var damaged *DamagedError
+	if err := f.checkFormat(); err != nil && !errors.As(err, &damaged) {
 		return nil, err
 	}
 	lock, err := os.OpenFile(f.path(lockName), os.O_RDWR|os.O_CREATE, 0o600)
@@ -165,6 +174,9 @@ func (f *files) checkFormat() error {
 	first, _, _ := strings.Cut(rest, "\n")
 	version, err := strconv.Atoi(strings.TrimSpace(first))
 	if !ok || err != nil || version < 1 {
+		if _, err := os.Stat(filepath.Join(f.database(), manifestName)); err == nil {
+			return f.noFormat(fmt.Sprintf("its file %s cannot be made out (%q)", FormatName, text))
+		}
 		return fmt.Errorf("data directory %s is not one of this program's, or its file %s is damaged (%q): choose another data directory", f.dir, FormatName, text)
 	}
 	if version > FormatVersion {
@@ -173,8 +185,51 @@ func (f *files) checkFormat() error {
 	return nil
 }
 
+func ourFormat() string { return fmt.Sprintf("%s%d\n", formatLine, FormatVersion) }
+
+func (f *files) noFormat(reason string) error {
+	return &DamagedError{Dir: f.dir, Reason: fmt.Sprintf("%s; if this version wrote it, write the line %q into %s", reason, ourFormat(), FormatName)}
+}
+
+// mendFormat puts right one flipped bit, unless it makes another version of ours.
+func (f *files) mendFormat() error {
+	text, err := os.ReadFile(f.path(FormatName))
+	want := ourFormat()
+	var damaged *DamagedError
+	if err != nil || len(text) != len(want) || !errors.As(f.checkFormat(), &damaged) {
+		return nil
+	}
+	flipped := 0
+	for i := range text {
+		flipped += bits.OnesCount8(text[i] ^ want[i])
+	}
+	if flipped != 1 {
+		return nil
+	}
+	f.log.Warn("one bit of a file was flipped: it is put right", "file", f.path(FormatName), "was", string(text))
+	return f.writeFormat()
+}
+
+// writeFormat replaces the file, or there is no change.
+func (f *files) writeFormat() error {
+	tmp := f.path(FormatName + ".new")
+	if err := writeSynced(tmp, []byte(ourFormat())); err != nil {
+		if unwritable(err) {
+			return unwritableError(f.dir, err)
+		}
+		return fmt.Errorf("writing %s: %w", tmp, err)
+	}
+	if err := errors.Join(os.Rename(tmp, f.path(FormatName)), syncDir(f.dir)); err != nil {
+		return fmt.Errorf("writing %s: %w", f.path(FormatName), err)
+	}
+	return nil
+}
+
 // prepare checks format, space and watermark before the database is opened.
 func (f *files) prepare() error {
+	if err := f.mendFormat(); err != nil {
+		return err
+	}
 	if err := f.checkFormat(); err != nil {
 		return err
 	}
@@ -198,20 +253,9 @@ func (f *files) prepare() error {
 		return f.sweep()
 	}
 	if dbErr == nil {
-		return &DamagedError{Dir: f.dir, Reason: "it has a database but no file " + FormatName}
+		return f.noFormat("it has a database but no file " + FormatName)
 	}
-	// The format is the last thing written of a new directory and the first that is read.
-	tmp := f.path(FormatName + ".new")
-	if err := writeSynced(tmp, fmt.Appendf(nil, "%s%d\n", formatLine, FormatVersion)); err != nil {
-		if unwritable(err) {
-			return unwritableError(f.dir, err)
-		}
-		return fmt.Errorf("writing %s: %w", tmp, err)
-	}
-	if err := errors.Join(os.Rename(tmp, f.path(FormatName)), syncDir(f.dir)); err != nil {
-		return fmt.Errorf("writing %s: %w", f.path(FormatName), err)
-	}
-	return nil
+	return f.writeFormat() // the last thing written of a new directory and the first that is read
 }
 
 // sweep deletes the logs of badger that hold no byte. Badger creates a log and then gives it its size; a kill in
@@ -253,7 +297,18 @@ func (f *files) quarantine(now time.Time) (string, error) {
 		f.mark.close()
 		f.mark = nil
 	}
-	aside := f.path("quarantine-" + now.UTC().Format("20060102T150405.000Z"))
+	// A disk that damages again and again must not fill up with what it damaged.
+	before, err := filepath.Glob(f.path(quarantinePrefix + "*"))
+	if err != nil {
+		return "", err
+	}
+	for len(before) >= quarantineKept {
+		if err := os.RemoveAll(before[0]); err != nil {
+			return "", err
+		}
+		before = before[1:]
+	}
+	aside := f.path(quarantinePrefix + now.UTC().Format("20060102T150405.000Z"))
 	if err := os.Mkdir(aside, 0o700); err != nil {
 		return "", err
 	}

@@ -133,6 +133,27 @@ func (g *guard) wait(stop <-chan struct{}) bool {
 	}
 }
 
+// closable says whether the database can be closed, which writes a table; a ballast is given up for it.
+func (g *guard) closable() error {
+	if isReadOnlyDir(g.dir) {
+		return errors.New("the filesystem is read-only")
+	}
+	if g.min <= 0 {
+		return nil
+	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	for {
+		free, _, err := g.space(g.dir)
+		if err != nil || free >= openBytes {
+			return err
+		}
+		if os.Remove(g.ballast) != nil {
+			return fmt.Errorf("%w: %d MiB", ErrNoSpace, free>>20)
+		}
+	}
+}
+
 // inflate creates the ballast if the filesystem has plenty of room.
 func (g *guard) inflate() {
 	if g.min <= 0 {

@@ -139,7 +139,7 @@ func (l *RaftLog) store(entries []*raft.Log, more func(*badger.Txn) error) error
 			size += len(values[to])
 			to++
 		}
-		err := l.s.update(func(txn *badger.Txn) error {
+		err := l.s.write(func(txn *badger.Txn) error {
 			return l.fill(txn, entries, values, from, to, above, more)
 		})
 		if err != nil {
@@ -154,6 +154,7 @@ func (l *RaftLog) store(entries []*raft.Log, more func(*badger.Txn) error) error
 		from, more = to, nil
 	}
 	l.stored(entries, total, above)
+	_ = l.writeMark() // keep says if it cannot be written
 	l.s.prealloc.grew(total)
 	return nil
 }
@@ -265,22 +266,45 @@ func (l *RaftLog) lowerMark(index uint64) error {
 	if l.s.files == nil || l.s.files.mark.index <= index {
 		return nil
 	}
-	return l.s.files.mark.write(index, true)
+	m := l.s.files.mark.marks
+	m.index = index
+	return l.s.files.mark.write(m, true)
 }
 
-// writeMark raises the watermark to what has been acknowledged.
-func (l *RaftLog) writeMark() {
+// writeMark raises the watermark to what has been acknowledged. A few hundred nanoseconds in the page cache, so it is
+// done at once: what a kill leaves is then known to the last entry.
+func (l *RaftLog) writeMark() error {
 	if l.s.files == nil {
-		return
+		return nil
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if l.acked <= l.s.files.mark.index {
-		return
+	m := l.s.files.mark.marks
+	m.index = max(m.index, l.acked)
+	m.version = max(m.version, l.s.version.Load())
+	return l.s.files.mark.write(m, false)
+}
+
+// startMark sets the watermark to what was found at Open. The database may count its transactions from a lower
+// number than before: it goes on after the newest that still has a key, so this comes before the first.
+func (l *RaftLog) startMark() error {
+	if l.s.files == nil {
+		return nil
 	}
-	if err := l.s.files.mark.write(l.acked, false); err != nil {
-		l.s.log.Warn("writing the watermark", "err", err)
-	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	m := l.s.files.mark.marks
+	m.index, m.version = max(m.index, l.acked), l.s.db.MaxVersion()
+	return l.s.files.mark.write(m, m.version < l.s.files.mark.version)
+}
+
+// noteManifest puts into the watermark how long badger's MANIFEST was a tick ago, and is.
+func (l *RaftLog) noteManifest(now manifestMark) error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	m := l.s.files.mark.marks
+	m.manifest = now
+	return l.s.files.mark.write(m, false)
 }
 
 // load finds first and last, and checks that the log has no hole, ends where it must, and that what is still to be
@@ -339,7 +363,8 @@ func (l *RaftLog) checkEnds() error {
 		need = max(need, l.s.files.mark.index)
 	}
 	if last < need {
-		return l.s.damaged(fmt.Sprintf("raft's log ends at %d, but everything up to %d was acknowledged", last, need))
+		return &DamagedError{Dir: l.s.opt.Dir, tail: last >= applied,
+			Reason: fmt.Sprintf("raft's log ends at %d, but everything up to %d was acknowledged", last, need)}
 	}
 	if l.last > applied && l.first > applied+1 {
 		return l.s.damaged(fmt.Sprintf("raft's log begins at %d, but entries from %d on are still to be applied", l.first, applied+1))

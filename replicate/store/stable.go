@@ -28,10 +28,11 @@ func (t *Stable) Set(key, value []byte) error {
 	if t.s.Err() != nil {
 		return nil
 	}
-	err := t.s.update(func(txn *badger.Txn) error { return txn.Set(stableKey(key), value) })
+	err := t.s.write(func(txn *badger.Txn) error { return txn.Set(stableKey(key), value) })
 	if err != nil {
 		return fmt.Errorf("writing raft's %s: %w", key, err)
 	}
+	_ = t.s.raftLog.writeMark() // keep says if it cannot be written
 	return nil
 }
 

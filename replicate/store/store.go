@@ -90,6 +90,7 @@ type Store struct {
 	stop      chan struct{}
 	workers   sync.WaitGroup
 
+	version  atomic.Uint64 // of badger's transactions all up to this one have been acknowledged
 	broken   atomic.Pointer[error]
 	fatality sync.Once
 }
@@ -141,13 +142,17 @@ func (s *Store) open() error {
 			return err
 		}
 	}
-	db, err := badger.Open(s.badgerOptions())
+	opt := s.badgerOptions()
+	if err := s.checkDatabase(opt); err != nil {
+		return err
+	}
+	db, err := openBadger(opt)
 	if err != nil {
 		return s.openError(err)
 	}
 	s.db = db
 	if err := s.load(); err != nil {
-		if cerr := s.db.Close(); cerr != nil {
+		if cerr := s.closeDatabase(); cerr != nil {
 			s.log.Warn("closing the database", "err", cerr)
 		}
 		s.db = nil
@@ -177,7 +182,7 @@ func (s *Store) badgerOptions() badger.Options {
 		WithBloomFalsePositive(0). // no key is asked for that is not there
 		WithIndexCacheSize(0).
 		WithCompression(options.None).
-		WithChecksumVerificationMode(options.OnTableRead).
+		WithChecksumVerificationMode(options.NoVerification). // database.check has done it
 		// Nothing may reach the value log: its failed syncs are only logged, and its collector has had bugs that brought
 		// deleted keys back (badger#2286, #2310).
 		WithValueThreshold(1 << 20).
@@ -208,6 +213,9 @@ func (s *Store) load() error {
 	}
 	if err := s.raftLog.load(); err != nil {
 		return err
+	}
+	if err := s.raftLog.startMark(); err != nil {
+		return fmt.Errorf("writing %s: %w", s.files.path(watermarkName), err)
 	}
 	id, err := s.local.Get(nodeIDKey)
 	if err != nil {
@@ -299,15 +307,35 @@ func getFrom(txn *badger.Txn, key []byte) ([]byte, error) {
 
 // update runs one transaction; when it returns nil the writes are on disk.
 func (s *Store) update(fill func(*badger.Txn) error) error {
+	return s.transact(fill, 0)
+}
+
+// write is update for a fill that does write something, so that its transaction has a version of its own.
+func (s *Store) write(fill func(*badger.Txn) error) error {
+	return s.transact(fill, 1)
+}
+
+func (s *Store) transact(fill func(*badger.Txn) error, own uint64) error {
 	if err := s.Err(); err != nil {
 		return err
 	}
 	txn := s.db.NewTransaction(true)
 	defer txn.Discard()
+	version := txn.ReadTs() + own // at least; others may come in between
 	if err := fill(txn); err != nil {
 		return err
 	}
-	return txn.Commit()
+	if err := txn.Commit(); err != nil {
+		if !s.db.IsClosed() {
+			// What a failed sync has left on disk nobody knows, and a memtable that could not be made ends the process at
+			// the next write (badger's ensureRoomForWrite).
+			s.fatal(fmt.Errorf("the database failed to write, see to the disk under %s: %w", s.opt.Dir, err))
+		}
+		return err
+	}
+	for old := s.version.Load(); old < version && !s.version.CompareAndSwap(old, version); old = s.version.Load() {
+	}
+	return nil
 }
 
 // Err is why the store must not be used any more, or nil.
@@ -338,6 +366,7 @@ func (s *Store) keep() {
 	defer tick.Stop()
 	last := time.Now()
 	var load calm
+	var marks markKeeper
 	if s.files != nil {
 		s.files.guard.inflate()
 	}
@@ -347,7 +376,7 @@ func (s *Store) keep() {
 			return
 		case <-s.kick:
 		case <-tick.C:
-			s.raftLog.writeMark()
+			marks.keep(s)
 			if load.tick(s.raftLog.ever()) {
 				debug.FreeOSMemory()
 			}
@@ -372,7 +401,7 @@ func (s *Store) Close() error {
 			s.log.Warn("closing without a flush; the tail will be replayed from raft's log", "err", err)
 			err = nil
 		}
-		s.raftLog.writeMark()
+		_ = s.raftLog.writeMark()
 	}
 	return errors.Join(err, s.shut())
 }
@@ -389,10 +418,36 @@ func (s *Store) Release() {
 	}
 }
 
+// closeDatabase closes badger, which writes its memtable into a table: by mmap, which a full disk answers with SIGBUS,
+// and again and again until it succeeds. Where it would not, the database is left as a kill leaves it: nothing is lost,
+// but this process cannot open it again.
+func (s *Store) closeDatabase() error {
+	if s.files != nil {
+		if err := s.files.guard.closable(); err != nil {
+			s.log.Warn("the database is left without being closed; the next start replays its log", "err", err)
+			return nil
+		}
+	}
+	if err := s.db.Close(); err != nil {
+		return fmt.Errorf("closing the database: %w", err)
+	}
+	if s.files == nil || s.files.mark == nil {
+		return nil
+	}
+	now, err := readManifestMark(s.files.database())
+	if err == nil {
+		err = s.raftLog.noteManifest(now)
+	}
+	if err != nil {
+		s.log.Warn("writing the watermark", "err", err)
+	}
+	return nil
+}
+
 func (s *Store) shut() error {
 	var err error
 	if s.db != nil {
-		err = s.db.Close()
+		err = s.closeDatabase()
 		s.db = nil
 	}
 	if s.files != nil {

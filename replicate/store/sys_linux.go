@@ -14,6 +14,12 @@ func isReadOnly(err error) bool {
 	return errors.Is(err, syscall.EROFS)
 }
 
+func isReadOnlyDir(dir string) bool {
+	const rdonly = 1 // ST_RDONLY
+	var st syscall.Statfs_t
+	return syscall.Statfs(dir, &st) == nil && st.Flags&rdonly != 0
+}
+
 func diskSpace(dir string) (free, total int64, err error) {
 	var st syscall.Statfs_t
 	if err := syscall.Statfs(dir, &st); err != nil {

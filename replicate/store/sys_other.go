@@ -14,6 +14,8 @@ func lockFile(*os.File) error { return nil }
 
 func isReadOnly(error) bool { return false }
 
+func isReadOnlyDir(string) bool { return false }
+
 func diskSpace(string) (free, total int64, err error) {
 	return math.MaxInt64 / 2, math.MaxInt64 / 2, nil
 }

@@ -1,0 +1,303 @@
+package store
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io/fs"
+	"maps"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/hashicorp/raft"
+)
+
+// What happens to a store whose files are damaged: each kind of file × each damage × what the process left behind, a
+// clean end or a kill. Whatever it is, the store opens with exactly what was acknowledged, or it says what is damaged
+// and leaves everything as it was; then Quarantine gives a new, empty node. It never opens with less.
+
+// worn is a store with a history, and what is in it: tables of several flushes, a write-ahead log, a compacted log
+// whose end is not flushed, a raft log cut in front.
+type worn struct {
+	id      string
+	last    uint64
+	latest  map[string]string
+	applied uint64
+	vote    uint64
+}
+
+// wear fills a store. What is left open is not flushed.
+func wear(t *testing.T, r *reopenable) *worn {
+	t.Helper()
+	r.mustStore([]*raft.Log{{Index: 1, Term: 1, Type: raft.LogConfiguration, Data: raft.EncodeConfiguration(aConfiguration)}})
+	if err := r.Configuration(1, 1, raft.EncodeConfiguration(aConfiguration)); err != nil {
+		t.Fatal(err)
+	}
+	index := uint64(1)
+	for round := range 6 {
+		for range 8 {
+			logs := entries(1, index+1, index+40, 8<<10)
+			r.mustStore(logs)
+			for range 40 {
+				index++
+				wearOne(t, r, index)
+			}
+		}
+		if round < 5 {
+			r.flushAll()
+		}
+		if round == 2 {
+			if err := r.RaftLog().DeleteRange(1, 200); err != nil {
+				t.Fatal(err)
+			}
+			r.reopen()
+		}
+	}
+	if err := r.Stable().SetUint64([]byte("LastVoteTerm"), 77); err != nil {
+		t.Fatal(err)
+	}
+	// Badger writes a full memtable to a table in the background; a copy taken meanwhile is none that a kill leaves.
+	waitUntil(t, "a quiet database", func() bool {
+		logs, err := filepath.Glob(filepath.Join(r.opt.Dir, databaseName, "*"+walSuffix))
+		return err == nil && len(logs) == 1
+	})
+	now, err := readManifestMark(r.files.database())
+	if err == nil {
+		err = r.raftLog.noteManifest(now) // as the keeper does after two seconds
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return &worn{id: r.ID(), last: index, latest: r.latest(), applied: r.State().Index, vote: 77}
+}
+
+func wearOne(t *testing.T, r *reopenable, index uint64) {
+	t.Helper()
+	n := fmt.Sprint(index)
+	if err := r.Append(index, 1, 1, index+1, []Record{rec(int32(index%5), "k"+fmt.Sprint(index%700), n), rec(-1, "s"+fmt.Sprint(index%9), n)}); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// check says what is missing from an open store.
+func (w *worn) check(t *testing.T, r *reopenable) error {
+	t.Helper()
+	if r.ID() != w.id {
+		return errors.New("another node id")
+	}
+	if _, last := r.RaftLog().ends(); last != w.last {
+		return fmt.Errorf("raft's log ends at %d, want %d", last, w.last)
+	}
+	if v, err := r.Stable().GetUint64([]byte("LastVoteTerm")); err != nil || v != w.vote {
+		return fmt.Errorf("the vote is %d: %v", v, err)
+	}
+	for index := r.State().Index + 1; index <= w.last; index++ {
+		var e raft.Log
+		if err := r.RaftLog().GetLog(index, &e); err != nil || !bytes.Equal(e.Data, entries(1, index, index, 8<<10)[0].Data) {
+			return fmt.Errorf("entry %d: %v", index, err)
+		}
+		wearOne(t, r, index)
+	}
+	if got := r.latest(); !maps.Equal(got, w.latest) {
+		return fmt.Errorf("%d keys, want %d", len(got), len(w.latest))
+	}
+	return nil
+}
+
+func waitUntil(t *testing.T, what string, is func() bool) {
+	t.Helper()
+	for late := time.Now().Add(30 * time.Second); !is(); time.Sleep(time.Millisecond) {
+		if time.Now().After(late) {
+			t.Fatal("not within 30 s: " + what)
+		}
+	}
+}
+
+// copySparse copies a directory; what is zero stays a hole.
+func copySparse(t *testing.T, from, to string) {
+	t.Helper()
+	err := filepath.WalkDir(from, func(path string, e fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		rel, _ := filepath.Rel(from, path)
+		if e.IsDir() {
+			return os.MkdirAll(filepath.Join(to, rel), 0o700)
+		}
+		if e.Name() == ballastName {
+			return nil
+		}
+		b, err := os.ReadFile(path)
+		if err != nil {
+			return err
+		}
+		out, err := os.Create(filepath.Join(to, rel))
+		if err != nil {
+			return err
+		}
+		err = out.Truncate(int64(len(b)))
+		for at := 0; at < len(b) && err == nil; at += 4096 {
+			if page := b[at:min(at+4096, len(b))]; !allZero(page) {
+				_, err = out.WriteAt(page, int64(at))
+			}
+		}
+		return errors.Join(err, out.Close())
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// fingerprint is every file of a directory; the lock file holds a process id.
+func fingerprint(t *testing.T, dir string) map[string]string {
+	t.Helper()
+	all := map[string]string{}
+	err := filepath.WalkDir(dir, func(path string, e fs.DirEntry, err error) error {
+		if err != nil || e.IsDir() || e.Name() == lockName {
+			return err
+		}
+		b, err := os.ReadFile(path)
+		all[path] = string(bytes.TrimRight(b, "\x00"))
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return all
+}
+
+// damages are ways to hurt a file of which the first used bytes hold something.
+var damages = map[string]func(b []byte, used int, rnd *rand.Rand) []byte{
+	"one bit flipped": func(b []byte, used int, rnd *rand.Rand) []byte {
+		b[rnd.IntN(used)] ^= 1 << rnd.IntN(8)
+		return b
+	},
+	"a page of zeroes": func(b []byte, used int, rnd *rand.Rand) []byte {
+		at := rnd.IntN(used) &^ 4095
+		clear(b[at:min(at+4096, len(b))])
+		return b
+	},
+	"cut short":       func(b []byte, used int, rnd *rand.Rand) []byte { return b[:rnd.IntN(used)] },
+	"cut by one byte": func(b []byte, used int, _ *rand.Rand) []byte { return b[:used-1] },
+	"cut to nothing":  func([]byte, int, *rand.Rand) []byte { return nil },
+	"full of other bytes": func(b []byte, used int, rnd *rand.Rand) []byte {
+		for i := range used {
+			b[i] = byte(rnd.Uint32())
+		}
+		return b
+	},
+}
+
+func TestDamagedFilesLoseNothingSilently(t *testing.T) {
+	seed := uint64(time.Now().UnixNano())
+	t.Logf("seed %d", seed)
+	rnd := rand.New(rand.NewPCG(seed, 0))
+	dir := t.TempDir()
+	r := openTest(t, dir)
+	want := wear(t, r)
+	images := map[string]string{"killed": t.TempDir(), "closed": t.TempDir()}
+	copySparse(t, dir, images["killed"])
+	r.close()
+	copySparse(t, dir, images["closed"])
+	rounds := 2
+	if os.Getenv("STORE_DAMAGES") != "" {
+		rounds = 60
+	}
+	for _, moment := range slices.Sorted(maps.Keys(images)) {
+		image := images[moment]
+		if err := damageOnce(t, image, want, "", nil, rnd); err != nil {
+			t.Fatalf("%s, undamaged: %v", moment, err)
+		}
+		opened, refused := 0, 0
+		for _, name := range filesOf(t, image) {
+			for _, kind := range slices.Sorted(maps.Keys(damages)) {
+				for range rounds {
+					err := damageOnce(t, image, want, name, damages[kind], rnd)
+					switch {
+					case err == nil:
+						opened++
+					case errors.Is(err, errRefused):
+						refused++
+						if slices.Contains(mended, filepath.Base(name)) || strings.HasSuffix(name, valueLogSuffix) {
+							t.Errorf("%s, %s %s: refused, though it holds nothing: %v", moment, name, kind, err)
+						}
+					default:
+						t.Errorf("%s, %s %s: %v", moment, name, kind, err)
+					}
+				}
+			}
+		}
+		t.Logf("%s: %d opened with everything, %d refused", moment, opened, refused)
+	}
+}
+
+// mended are the files that hold nothing that is not elsewhere.
+var mended = []string{keyRegistryName, discardName, lockName, watermarkName}
+
+var errRefused = errors.New("refused")
+
+func filesOf(t *testing.T, dir string) (names []string) {
+	t.Helper()
+	for path := range fingerprint(t, dir) {
+		rel, _ := filepath.Rel(dir, path)
+		names = append(names, rel)
+	}
+	slices.Sort(names)
+	return append(names, lockName)
+}
+
+// damageOnce opens a damaged copy: nil if all is there, errRefused with its reason if Open rightly refused.
+func damageOnce(t *testing.T, image string, want *worn, name string, hurt func([]byte, int, *rand.Rand) []byte, rnd *rand.Rand) error {
+	t.Helper()
+	dir, err := os.MkdirTemp(t.TempDir(), "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer os.RemoveAll(dir)
+	copySparse(t, image, dir)
+	if hurt != nil {
+		path := filepath.Join(dir, name)
+		b, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		used := max(len(bytes.TrimRight(b, "\x00")), 1)
+		if len(b) == 0 {
+			b = []byte{0}
+		}
+		if err := os.WriteFile(path, hurt(b, used, rnd), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	before := fingerprint(t, dir)
+	r := &reopenable{t: t, opt: Options{Dir: dir, Fsync: true}}
+	if r.Store, err = Open(r.opt); err == nil {
+		return errors.Join(want.check(t, r), r.Store.Close())
+	}
+	var damaged *DamagedError
+	var newer *NewerFormatError
+	if errors.As(err, &newer) && name == FormatName {
+		return fmt.Errorf("%w: %w", errRefused, err)
+	}
+	if !errors.As(err, &damaged) || !strings.Contains(err.Error(), dir) {
+		return fmt.Errorf("no message that helps: %w", err)
+	}
+	if strings.Contains(err.Error(), "file "+databaseName) && !maps.Equal(before, fingerprint(t, dir)) {
+		return fmt.Errorf("refused, and something was changed: %w", err)
+	}
+	r.opt.Quarantine = true
+	s, qerr := Open(r.opt)
+	if qerr != nil {
+		return fmt.Errorf("not even quarantine: %w", qerr)
+	}
+	defer s.Close()
+	if _, last := s.RaftLog().ends(); last != 0 || s.ID() == want.id {
+		return errors.New("not a new, empty node")
+	}
+	return fmt.Errorf("%w: %w", errRefused, err)
+}
