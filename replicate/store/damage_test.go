@@ -31,6 +31,8 @@ type worn struct {
 	vote    uint64
 }
 
+const wornBytes = 1 << 10 // of an entry
+
 // wear fills a store. What is left open is not flushed.
 func wear(t *testing.T, r *reopenable) *worn {
 	t.Helper()
@@ -41,7 +43,7 @@ func wear(t *testing.T, r *reopenable) *worn {
 	index := uint64(1)
 	for round := range 6 {
 		for range 8 {
-			logs := entries(1, index+1, index+40, 8<<10)
+			logs := entries(1, index+1, index+40, wornBytes)
 			r.mustStore(logs)
 			for range 40 {
 				index++
@@ -98,7 +100,7 @@ func (w *worn) check(t *testing.T, r *reopenable) error {
 	}
 	for index := r.State().Index + 1; index <= w.last; index++ {
 		var e raft.Log
-		if err := r.RaftLog().GetLog(index, &e); err != nil || !bytes.Equal(e.Data, entries(1, index, index, 8<<10)[0].Data) {
+		if err := r.RaftLog().GetLog(index, &e); err != nil || !bytes.Equal(e.Data, entries(1, index, index, wornBytes)[0].Data) {
 			return fmt.Errorf("entry %d: %v", index, err)
 		}
 		wearOne(t, r, index)
@@ -204,7 +206,7 @@ func TestDamagedFilesLoseNothingSilently(t *testing.T) {
 	copySparse(t, dir, images["killed"])
 	r.close()
 	copySparse(t, dir, images["closed"])
-	rounds := 2
+	rounds := 1
 	if os.Getenv("STORE_DAMAGES") != "" {
 		rounds = 60
 	}
