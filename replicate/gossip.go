@@ -3,8 +3,6 @@ package replicate
 import (
 	"cmp"
 	"context"
-	"crypto/hkdf"
-	"crypto/sha256"
 	"errors"
 	"fmt"
 	"log"
@@ -190,10 +188,7 @@ func openGossipWith(c ClusterConfig, node, peerAddr string, tags func() map[stri
 
 // serfConfig binds the port, too.
 func (g *gossip) serfConfig() (*serf.Config, error) {
-	keys, err := gossipKeys(g.cluster.Security)
-	if err != nil {
-		return nil, err
-	}
+	keys := gossipKeys(g.cluster.Security)
 	logger := log.New(&gossipLog{g: g}, "", 0)
 	m := memberlist.DefaultLANConfig()
 	m.Logger, m.LogOutput = logger, nil
@@ -288,15 +283,11 @@ func (g *gossip) advertise(m *memberlist.Config, bind string) (err error) {
 }
 
 // gossipKeys are those given, or one made of the join token.
-func gossipKeys(s Security) ([][]byte, error) {
+func gossipKeys(s Security) [][]byte {
 	if len(s.Keyring) > 0 || s.Token == "" {
-		return s.Keyring, nil
+		return s.Keyring
 	}
-	key, err := hkdf.Key(sha256.New, []byte(s.Token), nil, "offset-sidecar gossip 1", 32)
-	if err != nil {
-		return nil, fmt.Errorf("gossip key: %w", err)
-	}
-	return [][]byte{key}, nil
+	return [][]byte{gossipKey(s.Token)}
 }
 
 // resolveOne prefers IPv4, as the other end of a name with both is more likely to reach it.

@@ -72,6 +72,7 @@ var (
 	errUnknownNode = errors.New("no address is known of that node")
 	errOtherNode   = errors.New("another node lives there now")
 	errPortClosed  = errors.New("the peer port is closed")
+	errUnsecured   = errors.New("it is not on this machine, and nothing secures the peer port: give all sidecars --peer-cert, --peer-key and --peer-ca, or the same --join-token, or else --insecure-peers")
 )
 
 // openPeerPort binds the port and takes connections.
@@ -237,7 +238,7 @@ func (p *peerPort) greet(conn *incomingConn) {
 // welcome does all that comes before what the connection is for. The handler is nil for a probe.
 func (p *peerPort) welcome(conn *incomingConn) (from peerIdentity, handler func(net.Conn, peerIdentity), err error) {
 	if p.config.security.strangersPossible() && !isLoopback(conn.RemoteAddr()) {
-		return from, nil, strange(tracing.StrangerAddress, "it is not on this machine, and nothing secures the peer port: "+howToSecure)
+		return from, nil, strange(tracing.StrangerAddress, "%v", errUnsecured)
 	}
 	tune(conn.raw)
 	ctx, cancel := context.WithTimeout(p.ctx, helloTimeout)
@@ -374,6 +375,18 @@ func (p *peerPort) reach(ctx context.Context, node string, kind peerKind) (net.C
 	ctx, cancel := context.WithTimeout(ctx, helloTimeout)
 	defer cancel()
 	defer context.AfterFunc(p.ctx, cancel)()
+	conn, who, err := p.connect(ctx, addr, to, kind)
+	if err != nil {
+		return nil, peerIdentity{}, fmt.Errorf("%s: %w", addr, err)
+	}
+	return conn, who, nil
+}
+
+func (p *peerPort) connect(ctx context.Context, addr string, to uuid.UUID, kind peerKind) (net.Conn, peerIdentity, error) {
+	if ip := addressOf(addr); ip != nil && !ip.IsLoopback() && p.config.security.strangersPossible() {
+		p.disagree(addr, errUnsecured) // a name is looked at when it has led somewhere
+		return nil, peerIdentity{}, errUnsecured
+	}
 	raw, err := p.config.dial(ctx, "tcp", addr)
 	if err != nil {
 		return nil, peerIdentity{}, err
@@ -383,21 +396,27 @@ func (p *peerPort) reach(ctx context.Context, node string, kind peerKind) (net.C
 	if !stop() && err == nil {
 		err = ctx.Err()
 	}
-	if err == nil {
-		return conn, who, nil
+	if err != nil {
+		_ = raw.Close()
+		p.disagree(addr, err)
+		return nil, peerIdentity{}, err
 	}
-	_ = raw.Close()
+	return conn, who, nil
+}
+
+// disagree tells of a peer that is there and yet not to be talked to, unless that is nobody's fault.
+func (p *peerPort) disagree(addr string, err error) {
 	var refused *refusal
-	if !isSilence(err) && !errors.Is(err, errOtherNode) && !(errors.As(err, &refused) && refused.code == codeRefused) {
-		p.complain("dialled "+addr, fmt.Sprintf("the sidecar at %s and this one do not get on: %v", addr, err))
+	if isSilence(err) || errors.Is(err, errOtherNode) || errors.As(err, &refused) && refused.code == codeRefused {
+		return
 	}
-	return nil, peerIdentity{}, fmt.Errorf("%s: %w", addr, err)
+	p.complain("dialled "+addr, fmt.Sprintf("the sidecar at %s and this one do not get on: %v", addr, err))
 }
 
 // introduce says hello on a new connection.
 func (p *peerPort) introduce(ctx context.Context, raw net.Conn, to uuid.UUID, kind peerKind) (net.Conn, peerIdentity, error) {
 	if p.config.security.strangersPossible() && !isLoopback(raw.RemoteAddr()) {
-		return nil, peerIdentity{}, errors.New("it is not on this machine, and nothing secures the peer port: " + howToSecure)
+		return nil, peerIdentity{}, errUnsecured
 	}
 	tune(raw)
 	own := p.config.identity()
@@ -452,8 +471,6 @@ func (p *peerPort) refuses(node string) bool {
 	return false
 }
 
-const howToSecure = "give all sidecars --peer-cert, --peer-key and --peer-ca, or the same --join-token, or else --insecure-peers"
-
 // past is a deadline that ends whatever waits on a connection.
 var past = time.Unix(1, 0)
 
@@ -465,12 +482,17 @@ func isSilence(err error) bool {
 }
 
 func isLoopback(addr net.Addr) bool {
-	host, _, err := net.SplitHostPort(addr.String())
-	if err != nil {
-		return false
-	}
-	ip := net.ParseIP(host)
+	ip := addressOf(addr.String())
 	return ip != nil && ip.IsLoopback()
+}
+
+// addressOf gives the IP address of a host:port, nil if it is a name.
+func addressOf(addr string) net.IP {
+	host, _, err := net.SplitHostPort(addr)
+	if err != nil {
+		return nil
+	}
+	return net.ParseIP(host)
 }
 
 // printable keeps what somebody else says from writing lines of its own into our log.
