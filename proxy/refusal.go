@@ -1,9 +1,28 @@
 package proxy
 
 import (
+	"fmt"
+
+	"github.com/offset-sidecar/offset-sidecar/proxy/wire"
 	"github.com/twmb/franz-go/pkg/kerr"
 	"github.com/twmb/franz-go/pkg/kmsg"
 )
+
+// decodeRefused decodes a request that is refused. Of most a refusal shows nothing but their version: they are not
+// looked into.
+func decodeRefused(h wire.RequestHeader, frame []byte) (kmsg.Request, error) {
+	switch h.APIKey {
+	case 78, 79, 88, 91, 92, 93: // ShareFetch, ShareAcknowledge, StreamsGroupHeartbeat, (Alter|Delete)ShareGroupOffsets, StreamsGroupTopologyDescriptionUpdate
+	default:
+		return wire.DecodeRequest(h, frame)
+	}
+	req := kmsg.RequestForKey(h.APIKey)
+	if req == nil || h.APIVersion > req.MaxVersion() {
+		return nil, fmt.Errorf("%w: api key %d, version %d", wire.ErrVersion, h.APIKey, h.APIVersion)
+	}
+	req.SetVersion(h.APIVersion)
+	return req, nil
+}
 
 // refusal answers the requests whose route is refuse, in the form of each.
 //

@@ -80,29 +80,38 @@ func ProduceAcks(version int16, body []byte) (acks int16, timeout int32, err err
 	return acks, timeout, r.err
 }
 
-// maxUnchecked bounds the requests that are decoded without having been walked over: kmsg makes room for as many
-// elements as are claimed, if only the frame has as many bytes.
-const maxUnchecked = 256 << 10
+// maxOther bounds the requests that are decoded although they do not end here.
+const maxOther = 256 << 10
 
-// DecodeRequest decodes the body of a request; h is what ParseRequestHeader gave for this same frame. Group requests
-// are checked as strictly as Kafka does first ([kmsg] reads null arrays and bytes as empty ones). Byte slices in the
-// request are parts of the frame, strings are not: the frame must not be written to again, and who keeps such a slice
-// for long should copy it. Bytes after the last field are ignored, as Kafka does. Of requests that are not a group's, no
-// more than 256 KiB are decoded.
+// DecodeRequest decodes the body of a request; h is what ParseRequestHeader gave for this same frame. It is walked over
+// first, as strictly as Kafka reads it: [kmsg] reads null arrays and bytes as empty ones, and where tags are claimed that
+// are not there it counts them all, four thousand million for five bytes. So a version with tags whose schema we do not
+// have is ErrVersion. Byte slices in the request are parts of the frame, strings are not: the frame must not be written
+// to again, and who keeps such a slice for long should copy it. Bytes after the last field are ignored, as Kafka does.
+// Of requests that are not a group's, no more than 256 KiB are decoded.
 func DecodeRequest(h RequestHeader, frame []byte) (kmsg.Request, error) {
 	req := kmsg.RequestForKey(h.APIKey)
 	if req == nil || h.APIVersion > req.MaxVersion() {
 		return nil, fmt.Errorf("%w: api key %d, version %d", ErrVersion, h.APIKey, h.APIVersion)
 	}
 	body := frame[h.Length:]
-	if layout, ok := groupRequests[h.APIKey]; ok {
-		r := reader{b: body, flexible: flexible(h.APIKey, h.APIVersion)}
+	layout, ours := groupRequests[h.APIKey]
+	if !ours {
+		if len(body) > maxOther {
+			return nil, fmt.Errorf("%s version %d: %w: %d bytes, more than %d", kmsg.NameForKey(h.APIKey), h.APIVersion, ErrMalformed, len(body), maxOther)
+		}
+		layout = otherRequests[h.APIKey]
+	}
+	r := reader{b: body, flexible: flexible(h.APIKey, h.APIVersion)}
+	switch {
+	case layout != nil:
 		r.checkStruct(layout, h.APIVersion)
 		if r.err != nil {
 			return nil, fmt.Errorf("%s version %d: %w at byte %d of %d", kmsg.NameForKey(h.APIKey), h.APIVersion, r.err, h.Length+r.at, len(frame))
 		}
-	} else if len(body) > maxUnchecked {
-		return nil, fmt.Errorf("%s version %d: %w: %d bytes, more than %d", kmsg.NameForKey(h.APIKey), h.APIVersion, ErrMalformed, len(body), maxUnchecked)
+		body = body[:r.at]
+	case r.flexible:
+		return nil, fmt.Errorf("%w: api key %d, version %d", ErrVersion, h.APIKey, h.APIVersion)
 	}
 	req.SetVersion(h.APIVersion)
 	if err := req.ReadFrom(body); err != nil {

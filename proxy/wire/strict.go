@@ -69,6 +69,43 @@ var groupRequests = map[int16][]field{
 	47: {str(0, always), structs(str(0, always), structs(num(4, 0)))}, // OffsetDelete
 }
 
+// otherRequests has the schemas of the other requests that are looked into: what to answer, how long a broker may take,
+// whether another may answer, what is refused by name.
+var otherRequests = map[int16][]field{
+	2: { // ListOffsets
+		num(4, 0), num(1, 2), structs(str(0, always), structs(num(4, 0), num(4, 4), num(8, 0), num(4, 0).until(0))), num(4, 10),
+	},
+	3:  {structs(num(16, 10), str(0, always).nullFrom(10)).nullFrom(1), num(1, 4), num(1, 8).until(10), num(1, 8)}, // Metadata
+	18: {str(3, always), str(3, always), nullStr(5), num(4, 5)},                                                    // ApiVersions
+	19: { // CreateTopics
+		structs(str(0, always), num(4, 0), num(2, 0), structs(num(4, 0), ints()), structs(str(0, always), nullStr(0))),
+		num(4, 0), num(1, 1),
+	},
+	20: {structs(nullStr(6), num(16, 6)).since(6), strs(0).until(5), num(4, 0)},                         // DeleteTopics
+	21: {structs(str(0, always), structs(num(4, 0), num(8, 0))), num(4, 0)},                             // DeleteRecords
+	22: {nullStr(0), num(4, 0), num(8, 3), num(2, 3), num(1, 6), num(1, 6)},                             // InitProducerId
+	25: {str(0, always), num(8, 0), num(2, 0), str(0, always)},                                          // AddOffsetsToTxn
+	32: {structs(num(1, 0), str(0, always), strs(0).nullFrom(0)), num(1, 1), num(1, 3)},                 // DescribeConfigs
+	33: {structs(num(1, 0), str(0, always), structs(str(0, always), nullStr(0))), num(1, 0)},            // AlterConfigs
+	37: {structs(str(0, always), num(4, 0), structs(ints()).nullFrom(0)), num(4, 0), num(1, 0)},         // CreatePartitions
+	43: {num(1, 1), structs(str(0, always), ints()).nullFrom(0), num(4, 0)},                             // ElectLeaders
+	44: {structs(num(1, 0), str(0, always), structs(str(0, always), num(1, 0), nullStr(0))), num(1, 0)}, // IncrementalAlterConfigs
+	45: {num(4, 0), num(1, 1), structs(str(0, always), structs(num(4, 0), ints().nullFrom(0)))},         // AlterPartitionReassignments
+	46: {num(4, 0), structs(str(0, always), ints()).nullFrom(0)},                                        // ListPartitionReassignments
+	57: {num(4, 0), structs(str(0, always), num(2, 0), num(1, 0).until(0), num(1, 1)), num(1, 1)},       // UpdateFeatures
+	60: {num(1, 0), num(1, 1), num(1, 2)},                                                               // DescribeCluster
+	68: { // ConsumerGroupHeartbeat
+		str(0, always), str(0, always), num(4, 0), nullStr(0), nullStr(0), num(4, 0), strs(0).nullFrom(0), nullStr(1),
+		nullStr(0), structs(num(16, 0), ints()).nullFrom(0),
+	},
+	69: {strs(0), num(1, 0)},                                                                                          // ConsumerGroupDescribe
+	76: {str(0, always), str(0, always), num(4, 0), nullStr(0), strs(0).nullFrom(0)},                                  // ShareGroupHeartbeat
+	77: {strs(0), num(1, 0)},                                                                                          // ShareGroupDescribe
+	80: {nullStr(0), num(4, 0), num(4, 0), num(16, 0), structs(str(0, always), str(0, always), num(2, 0)), num(1, 1)}, // AddRaftVoter
+	89: {strs(0), num(1, 0), num(1, 1)},                                                                               // StreamsGroupDescribe
+	90: {structs(str(0, always), structs(str(0, always), ints()).nullFrom(0))},                                        // DescribeShareGroupOffsets
+}
+
 func ints() field { return field{kind: numbers, size: 4, to: always, null: never} }
 
 // checkStruct walks over the fields of a struct and its tags, and fails where Kafka's reader would.
