@@ -138,6 +138,9 @@ func (b *fakeBroker) serve(c net.Conn) {
 		if reply == nil {
 			continue
 		}
+		if len(reply) == 0 { // it closes the connection, as Kafka does on what it does not know
+			return
+		}
 		if _, err := c.Write(reply); err != nil {
 			return
 		}
@@ -180,8 +183,9 @@ func echoBody(r request) []byte { return r.reply(r.frame[r.Length:]) }
 // answer gives a handler that answers requests of known keys with a response made from them.
 func answer(f func(kmsg.Request) kmsg.Response) func(request) []byte {
 	return func(r request) []byte {
-		req, err := wire.DecodeRequest(r.RequestHeader, r.frame)
-		if err != nil {
+		req := kmsg.RequestForKey(r.APIKey)
+		req.SetVersion(r.APIVersion)
+		if req.ReadFrom(r.frame[r.Length:]) != nil {
 			return nil
 		}
 		return wire.AppendResponse(nil, r.CorrelationID, f(req))

@@ -25,23 +25,31 @@ func TestMistakesEndTheirOwnConnectionWithOneLine(t *testing.T) {
 		sent []byte
 		says string
 	}{
-		"TLS":                   {[]byte("\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"), "speaks TLS, but this port is plain"},
-		"HTTP":                  {[]byte("GET / HTTP/1.1\r\nHost: kafka\r\n\r\n"), "speaks HTTP GET"},
-		"negative length":       {size(0xffffffff), "claims -1 bytes"},
-		"2 GiB":                 {size(0x7fffffff), "claims 2147483647 bytes"},
-		"over --max-frame":      {size(100<<20 + 1), "--max-frame"},
-		"too short":             {size(3, 1, 2, 3), "too short for a header"},
-		"truncated header":      {size(12, 0, 3, 0, 9, 0, 0, 0, 1, 0, 100, 'a', 'b'), "header does not end"},
-		"negative api key":      {size(10, 0xff, 0xfe, 0, 0, 0, 0, 0, 1, 0xff, 0xff), "header that nobody can read"},
-		"truncated request":     {append(size(uint32(len(join)-4-3)), join[4:len(join)-3]...), "JoinGroup"},
-		"unsupported version":   {frame(11, 99, 1, nil), "JoinGroup version 99"},
-		"large group request":   {size(8<<20+1, frame(11, 5, 1, nil)[4:]...), "that group requests may have"},
-		"Produce without acks":  {frame(0, 3, 1, []byte{0, 9}), "Produce request without acks"},
-		"group name too long":   {frame(16, 3, 1, []byte{0, 0xff, 0xff, 0xff, 0xff, 0x7f}), "ListGroups"},
-		"ApiVersions truncated": {frame(18, 3, 1, []byte{0, 99}), "ApiVersions"},
+		"TLS":                     {[]byte("\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"), "speaks TLS, but this port is plain"},
+		"HTTP":                    {[]byte("GET / HTTP/1.1\r\nHost: kafka\r\n\r\n"), "speaks HTTP GET"},
+		"negative length":         {size(0xffffffff), "claims -1 bytes"},
+		"2 GiB":                   {size(0x7fffffff), "claims 2147483647 bytes"},
+		"over --max-frame":        {size(100<<20 + 1), "--max-frame"},
+		"too short":               {size(3, 1, 2, 3), "too short for a header"},
+		"truncated header":        {size(12, 0, 3, 0, 9, 0, 0, 0, 1, 0, 100, 'a', 'b'), "header does not end"},
+		"negative api key":        {size(10, 0xff, 0xfe, 0, 0, 0, 0, 0, 1, 0xff, 0xff), "header that nobody can read"},
+		"truncated request":       {append(size(uint32(len(join)-4-3)), join[4:len(join)-3]...), "JoinGroup"},
+		"unsupported version":     {frame(11, 99, 1, nil), "JoinGroup version 99"},
+		"large group request":     {size(8<<20+1, frame(11, 5, 1, nil)[4:]...), "that group requests may have"},
+		"Produce without acks":    {frame(0, 3, 1, []byte{0, 9}), "Produce request without acks"},
+		"group name too long":     {frame(16, 3, 1, []byte{0, 0xff, 0xff, 0xff, 0xff, 0x7f}), "ListGroups"},
+		"ApiVersions truncated":   {frame(18, 3, 1, []byte{0, 99}), "ApiVersions"},
+		"tags that are not there": {frame(18, 3, 1, []byte{0, 2, 'a', 2, 'b', 0xff, 0xff, 0xff, 0xff, 0x0f}), "ApiVersions"},
+		"unknown api key":         {frame(9999, 0, 1, nil), "api key 9999 (Unknown) version 0"},
+		"unknown version":         {frame(19, 99, 1, []byte{0}), "CreateTopics) version 99"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			b := newBroker(t, 1, echoBody)
+			b := newBroker(t, 1, func(r request) []byte {
+				if r.APIKey == 9999 || r.APIVersion == 99 {
+					return []byte{}
+				}
+				return echoBody(r)
+			})
 			s := start(t, config(b.addr()))
 			beside := dial(t, s.Addr().String())
 			beside.call(heartbeat("m"))
@@ -59,6 +67,34 @@ func TestMistakesEndTheirOwnConnectionWithOneLine(t *testing.T) {
 			}
 			beside.call(heartbeat("m"))
 		})
+	}
+}
+
+// A client that ends its side within a header has made a mistake, one that ends it within a body may have been killed,
+// and one that ends it between requests has all its answers coming.
+func TestEndsWithinAHeaderAreNamed(t *testing.T) {
+	b := newBroker(t, 1, echoBody)
+	s := start(t, config(b.addr()))
+	whole := frame(12, 0, 1, []byte{0, 1, 'g', 0, 0, 0, 1, 0, 1, 'm'})
+	for n := range whole {
+		c := dial(t, s.Addr().String())
+		c.sendBytes(whole[:n])
+		if err := c.Conn.(*net.TCPConn).CloseWrite(); err != nil {
+			t.Fatal(err)
+		}
+		c.closed()
+	}
+	c := dial(t, s.Addr().String())
+	c.sendBytes(whole)
+	if err := c.Conn.(*net.TCPConn).CloseWrite(); err != nil {
+		t.Fatal(err)
+	}
+	if id, _ := c.receive(); id != 1 {
+		t.Errorf("correlation id %d", id)
+	}
+	c.closed()
+	if n := strings.Count(s.logs.String(), "within the header"); n != len(whole)-11 {
+		t.Errorf("%d lines:\n%s", n, s.logs)
 	}
 }
 

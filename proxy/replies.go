@@ -495,12 +495,24 @@ func (c *conn) unanswered(s *slot, cause error) error {
 		if !sent {
 			return c.afterDelay(cause)
 		}
-		return cause
+		return c.closedOn(s, cause)
 	}
 	if sent && !errors.Is(cause, errStalled) {
 		c.proxy.suspect(l.addr, cause)
 	}
 	return c.askElsewhere(s, l.address(), cause)
+}
+
+// closedOn names the client's mistake where the upstream has closed the connection on a request that it does not show in
+// ApiVersions: that is how Kafka answers a key or a version that it does not know.
+func (c *conn) closedOn(s *slot, cause error) error {
+	upstream := c.proxy.table.known(c.listener.node).upstream
+	if errors.Is(cause, errStalled) || upstream == nil || slices.ContainsFunc(upstream.ApiKeys, func(a kmsg.ApiVersionsResponseApiKey) bool {
+		return a.ApiKey == s.key && versions{a.MinVersion, a.MaxVersion}.has(s.version)
+	}) {
+		return cause
+	}
+	return blame(tracing.MistakeRequest, "api key %d (%s) version %d is not known to the upstream, which has closed the connection", s.key, kmsg.NameForKey(s.key), s.version)
 }
 
 // afterDelay keeps the client waiting a little before it is closed for a broker that cannot be reached.

@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"time"
@@ -77,7 +78,7 @@ func (c *conn) read() error {
 // readRequest reads one frame as far as it must, and sends it on its way.
 func (c *conn) readRequest() error {
 	if err := c.in.need(4); err != nil {
-		return err
+		return c.cutShort(err)
 	}
 	size := int32(binary.BigEndian.Uint32(c.in.buffered()))
 	if size < 8 || size > c.proxy.config.MaxFrame {
@@ -161,11 +162,20 @@ func (c *conn) oddSize(size int32) error {
 	return blame(tracing.MistakeFrameSize, "a request that claims %d bytes, of at most %d (--max-frame)", size, c.proxy.config.MaxFrame)
 }
 
+// cutShort names the mistake of a client that ends its side within a header. Ending within a body is none: that is what
+// a client leaves that is killed while it sends.
+func (c *conn) cutShort(err error) error {
+	if errors.Is(err, io.ErrUnexpectedEOF) {
+		return blame(tracing.MistakeHeader, "it has ended %d bytes after a request's begin, within the header", len(c.in.buffered()))
+	}
+	return err
+}
+
 // header reads the request header, of which the frame's first bytes are usually enough.
 func (c *conn) header(total int) (wire.RequestHeader, error) {
 	for need := 12; ; need = min(total, len(c.in.buffered())+1) {
 		if err := c.in.need(need); err != nil {
-			return wire.RequestHeader{}, err
+			return wire.RequestHeader{}, c.cutShort(err)
 		}
 		have := c.in.buffered()
 		key, version := int16(binary.BigEndian.Uint16(have[4:])), int16(binary.BigEndian.Uint16(have[6:]))
@@ -191,7 +201,11 @@ func (c *conn) answer(h wire.RequestHeader, r route, frame []byte) error {
 	if h.APIKey == keyApiVersions {
 		return c.answerVersions(h, s, frame)
 	}
-	req, err := wire.DecodeRequest(h, frame[4:])
+	decode := wire.DecodeRequest
+	if r.action == refuse {
+		decode = decodeRefused
+	}
+	req, err := decode(h, frame[4:])
 	if err != nil {
 		return blame(tracing.MistakeRequest, "a request that Kafka would not read either: %v", err)
 	}
