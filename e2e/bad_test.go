@@ -87,10 +87,13 @@ func TestBrokenBytesCloseTheirOwnConnection(t *testing.T) {
 	versioned := frame(unknownVersion)
 	binary.BigEndian.PutUint16(versioned[6:], 99)
 
+	claimed := header(17, 18, 3) // two million tags: of this many Kafka, too, looks for the first
+	claimed = append(claimed, 0, 1, 1, 0xff, 0xff, 0xff, 0x00)
+
 	for _, c := range []struct {
 		name  string
 		bytes []byte
-		line  []string // words of the line in the log; none: the upstream closes, and it is its business to say why
+		line  []string // words of the line in the log
 	}{
 		{"random bytes", random, []string{"max-frame"}},
 		{"http", []byte("GET / HTTP/1.1\r\nHost: kafka\r\n\r\n"), []string{"HTTP"}},
@@ -100,8 +103,10 @@ func TestBrokenBytesCloseTheirOwnConnection(t *testing.T) {
 		{"a truncated body", header(10, 12, 3), []string{"Heartbeat"}},
 		{"a group request over its limit", frame(big), []string{"8"}},
 		{"a group request of an unknown version", versioned, []string{"99"}},
-		{"an unknown api key", header(10, 9999, 0), nil},
-		{"a produce request of an unknown version", header(10, 0, 99), nil},
+		{"an unknown api key", header(10, 9999, 0), []string{"9999"}},
+		{"a produce request of an unknown version", header(10, 0, 99), []string{"Produce", "99"}},
+		{"a CreateTopics request of an unknown version", header(10, 19, 99), []string{"CreateTopics", "99"}},
+		{"tags that are claimed and not there", claimed, []string{"ApiVersions"}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			mark := s.Mark()
@@ -111,9 +116,7 @@ func TestBrokenBytesCloseTheirOwnConnection(t *testing.T) {
 			if body, err := r.reply(); err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
 				t.Errorf("the connection was not closed: %v, reply %x", err, body)
 			}
-			if c.line != nil {
-				oneLine(t, s, mark, c.line...)
-			}
+			oneLine(t, s, mark, c.line...)
 			aside.undisturbed(t)
 		})
 	}
