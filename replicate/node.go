@@ -76,7 +76,7 @@ func Open(c Config) (*Node, error) {
 		stop:    make(chan struct{}),
 		ended:   make(chan struct{}),
 	}
-	s, err := store.Open(store.Options{Dir: c.Dir, Fsync: c.Fsync, MinFree: c.MinFree, Quarantine: c.Quarantine, Logger: c.Logger, OnFatal: n.fatal})
+	s, err := store.Open(store.Options{Dir: c.Dir, Fsync: c.Fsync, MinFree: c.MinFree, Quarantine: c.quarantines(), Logger: c.Logger, OnFatal: n.fatal})
 	if err != nil {
 		return nil, err
 	}
@@ -91,6 +91,12 @@ func Open(c Config) (*Node, error) {
 		return nil, errors.Join(err, n.Close())
 	}
 	return n, nil
+}
+
+// quarantines says whether a damaged store is moved aside: with others to take the state from it may be, as a new node;
+// a node that is alone would lose everything without a word.
+func (c *Config) quarantines() bool {
+	return c.Quarantine || c.Cluster != nil && len(c.Cluster.Join) > 0
 }
 
 // openAlone runs a cluster of one that no other node can reach.
