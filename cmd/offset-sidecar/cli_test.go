@@ -162,6 +162,11 @@ func TestConfigFileMayComeFromTheEnvironment(t *testing.T) {
 	}
 }
 
+// peers are the arguments of a sidecar with others, but for what is wrong with them.
+func peers(more ...string) []string {
+	return append([]string{"run", "--upstream", "a:1", "--cluster", "c"}, more...)
+}
+
 // Each mistake is one line that names the place to mend and the way out, with exit code 2 and nothing touched.
 func TestMistakesInTheConfigurationAreNamed(t *testing.T) {
 	for name, c := range map[string]struct {
@@ -182,7 +187,7 @@ func TestMistakesInTheConfigurationAreNamed(t *testing.T) {
 		"file without value":     {args: []string{"run"}, file: "upstream:\n", want: []string{`"upstream"`, "no value"}},
 		"file twice":             {args: []string{"run"}, file: "listen: 127.0.0.1:1\nlisten: 127.0.0.1:2\n", want: []string{"--config", "listen", "already defined"}},
 		"no file":                {args: []string{"run", "--config", "/nowhere/s.yaml"}, want: []string{"--config", "/nowhere/s.yaml", "no such file"}},
-		"later flag":             {args: []string{"run", "--join", "a:1"}, want: []string{"unknown flag --join", "a cluster of sidecars", "this version does not have"}},
+		"later flag":             {args: []string{"run", "--role", "client"}, want: []string{"unknown flag --role", "anchors and clients", "this version does not have"}},
 		"later key":              {args: []string{"run"}, file: "upstream-offsets: mirror\n", want: []string{`unknown key "upstream-offsets"`, "this version does not have"}},
 		"unknown flag":           {args: []string{"run", "--listn", "a"}, want: []string{"unknown flag --listn", "--help"}},
 		"dev has no upstream":    {args: []string{"dev", "--upstream", "a:1"}, want: []string{"unknown flag --upstream"}},
@@ -201,6 +206,30 @@ func TestMistakesInTheConfigurationAreNamed(t *testing.T) {
 		"size":                   {args: []string{"run", "--upstream", "a:1", "--max-frame", "2GiB"}, want: []string{"--max-frame", "between"}},
 		"negative":               {args: []string{"run", "--upstream", "a:1", "--commit-timeout", "-5s"}, want: []string{"--commit-timeout", "between"}},
 		"session bounds crossed": {args: []string{"run", "--upstream", "a:1", "--group-min-session-timeout", "1h"}, want: []string{"--group-min-session-timeout", "--group-max-session-timeout"}},
+		"join without a cluster": {args: []string{"run", "--upstream", "a:1", "--join", "127.0.0.1:1"}, want: []string{"--join", "--cluster NAME", `"default"`}},
+		"join elsewhere":         {args: peers("--join", "192.0.2.1:7946"), want: []string{"--join 192.0.2.1:7946", "--gossip 127.0.0.1:7946", "--gossip 10.0.0.5:7946", "--peer", "POD_IP"}},
+		"join a name elsewhere":  {args: peers("--join", "nowhere.invalid"), want: []string{"--join nowhere.invalid:7946", "loopback"}},
+		"peer stays at home":     {args: peers("--join", "192.0.2.1", "--gossip", "192.0.2.2:1", "--insecure-peers"), want: []string{"--join 192.0.2.1:7946", "--peer 127.0.0.1:7947"}},
+		"advertised loopback":    {args: peers("--join", "192.0.2.1", "--gossip", "0.0.0.0:1", "--peer", "0.0.0.0:2", "--advertise", "localhost", "--insecure-peers"), want: []string{"--advertise localhost is on loopback"}},
+		"open gossip":            {args: peers("--gossip", "192.0.2.1:1"), want: []string{"--gossip 192.0.2.1:1", "--peer-cert", "--join-token", "--insecure-peers"}},
+		"open peer port":         {args: peers("--peer", "0.0.0.0:1"), want: []string{"--peer 0.0.0.0:1", "--peer-ca", "--join-token-file", "--insecure-peers"}},
+		"gossip keys alone":      {args: peers("--peer", "0.0.0.0:1", "--gossip-key-file", write(t, "k", "AAAAAAAAAAAAAAAAAAAAAA==\n")), want: []string{"--peer 0.0.0.0:1", "--insecure-peers"}},
+		"half of mTLS":           {args: peers("--peer-cert", "c.pem", "--peer-ca", "ca.pem"), want: []string{"--peer-key is missing"}},
+		"pod without security":   {args: peers("--join", "192.0.2.1"), env: []string{"POD_IP=192.0.2.7"}, want: []string{"--gossip 192.0.2.7:7946", "--join-token"}},
+		"two births":             {args: peers("--join", "127.0.0.1", "--bootstrap-expect", "3", "--bootstrap-arbiter", "upstream"), want: []string{"--bootstrap-expect", "--bootstrap-arbiter", "leave one out"}},
+		"expecting nobody":       {args: peers("--bootstrap-expect", "3"), want: []string{"--bootstrap-expect 3 needs --join"}},
+		"arbiter":                {args: peers("--bootstrap-arbiter", "me"), want: []string{"--bootstrap-arbiter", "upstream"}},
+		"voters":                 {args: peers("--max-voters", "4"), want: []string{"--max-voters", "3, 5"}},
+		"acks":                   {args: peers("--commit-acks", "1"), want: []string{"--commit-acks", "all, quorum"}},
+		"join a port":            {args: peers("--join", "a:b"), want: []string{`--join "a:b"`, "1 to 65535"}},
+		"two tokens":             {args: peers("--join-token", "x", "--join-token-file", "y"), want: []string{"--join-token", "leave one out"}},
+		"no token file":          {args: peers("--join-token-file", "/nowhere/t"), want: []string{"--join-token-file", "/nowhere/t"}},
+		"empty token file":       {args: peers("--join-token-file", write(t, "t", " \n")), want: []string{"--join-token-file", "is empty"}},
+		"bad gossip key":         {args: peers("--gossip-key-file", write(t, "k", "AAAA\n")), want: []string{"--gossip-key-file", "line 1", "base64"}},
+		"no gossip key":          {args: peers("--gossip-key-file", write(t, "k", "\n")), want: []string{"--gossip-key-file", "no key"}},
+		"long zone":              {args: peers("--zone", strings.Repeat("z", 64)), want: []string{"--zone", "63 bytes"}},
+		"gossip on the peer's":   {args: peers("--gossip", "127.0.0.1:7947"), want: []string{"--gossip", "--peer", "same port"}},
+		"dev has no peers":       {args: []string{"dev", "--join", "a:1"}, want: []string{"unknown flag --join"}},
 		"no home":                {args: []string{"config", "print", "--upstream", "a:1", "--data-dir", "", "--cluster", "\x00"}, want: []string{"--cluster"}},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -309,7 +338,7 @@ func TestReadmeShowsEveryFlagWithItsDefault(t *testing.T) {
 	rows := strings.ReplaceAll(string(readme), `\|`, "|")
 	for i := range settings {
 		s := &settings[i]
-		row := fmt.Sprintf("| `--%s %s` | ", s.name, s.arg)
+		row := fmt.Sprintf("| `%s` | ", strings.TrimSpace("--"+s.name+" "+s.arg))
 		if s.value != "" {
 			row += fmt.Sprintf("`%s` | %s |", s.value, s.usage)
 		}

@@ -2,6 +2,7 @@ package main
 
 import (
 	"fmt"
+	"maps"
 	"net"
 	"os"
 	"path/filepath"
@@ -44,6 +45,7 @@ type Config struct {
 		Fsync       bool
 		RaftTimeout time.Duration
 	}
+	Peers PeersConfig
 	Admin struct {
 		HTTP  string // "" = off
 		Admin string // "" = off
@@ -173,7 +175,9 @@ func (c *Config) print(verb string, write func(format string, args ...any)) {
 			}
 		}
 		note, line := "", s.name+": "+value
-		if o.value == "" {
+		if s.secret && o.value != "" {
+			line, note = "# "+s.name+":", ": not shown"
+		} else if o.value == "" {
 			line = "# " + s.name + ":"
 			meaning := s.empty[verb]
 			if s.name == "data-dir" && c.DataDir != "" {
@@ -185,6 +189,17 @@ func (c *Config) print(verb string, write func(format string, args ...any)) {
 		}
 		write("%-44s # %s%s\n", line, o.from, note)
 	}
+}
+
+// shown gives where each setting comes from, without the secrets.
+func (c *Config) shown() map[string]origin {
+	all := maps.Clone(c.origins)
+	for i := range settings {
+		if o := all[settings[i].name]; settings[i].secret && o.value != "" {
+			all[settings[i].name] = origin{"(not shown)", o.from}
+		}
+	}
+	return all
 }
 
 // Shapes of names.
@@ -205,6 +220,9 @@ func (c *Config) validate(upstreamNeeded bool) error {
 	if host, _, _ := net.SplitHostPort(c.Admin.Admin); c.Admin.Admin != "" && !loopback(host) {
 		return fmt.Errorf("--admin %s: the admin pages are for loopback addresses only (health and metrics may be elsewhere: --http)", c.Admin.Admin)
 	}
+	if err := c.validatePeers(); err != nil {
+		return err
+	}
 	if g := c.Coordinator.Group; g.MinSessionTimeout > g.MaxSessionTimeout {
 		return fmt.Errorf("--group-min-session-timeout %v is above --group-max-session-timeout %v", g.MinSessionTimeout, g.MaxSessionTimeout)
 	}
@@ -217,7 +235,8 @@ func (c *Config) validatePorts() error {
 	if host, port, _, err := proxy.ReadListen(listen, c.Proxy.AdvertiseHost); err == nil {
 		listen = net.JoinHostPort(host, strconv.Itoa(port)) // without a host it is not on all addresses, as the others are
 	}
-	listeners := []struct{ flag, addr string }{{"--listen", listen}, {"--http", c.Admin.HTTP}, {"--admin", c.Admin.Admin}}
+	listeners := []struct{ flag, addr string }{{"--listen", listen}, {"--http", c.Admin.HTTP}, {"--admin", c.Admin.Admin},
+		{"--gossip", c.Peers.Gossip}, {"--peer", c.Peers.Peer}}
 	for i, a := range listeners {
 		for _, b := range listeners[i+1:] {
 			if a.addr != "" && b.addr != "" && sameListener(a.addr, b.addr) {

@@ -132,7 +132,7 @@ type settingFlag struct {
 
 // String is the flag's line in the help: its two columns have a tab between them.
 func (f settingFlag) String() string {
-	line := fmt.Sprintf("--%s %s\t%s", f.Name, f.setting.arg, f.Usage)
+	line := strings.TrimSpace("--"+f.Name+" "+f.setting.arg) + "\t" + f.Usage
 	if f.DefaultText != "" {
 		line += " (default: " + f.DefaultText + ")"
 	}
@@ -144,6 +144,9 @@ type flagValue struct {
 	setting *setting
 	values  []string
 }
+
+// IsBoolFlag lets a flag stand without a value, for true (package flag).
+func (v *flagValue) IsBoolFlag() bool { return v.setting.flag }
 
 // Set takes one occurrence of the flag. Of one that is no list the last holds.
 func (v *flagValue) Set(text string) error {
@@ -191,6 +194,11 @@ func (p *program) config(c *cli.Context, verb string) (*Config, error) {
 	}
 	if verb == "run" && config.DataDir == "" {
 		if config.DataDir, err = defaultDataDir(config.Cluster, p.lookup, os.Geteuid() == 0); err != nil {
+			return nil, usageError{err}
+		}
+	}
+	if verb == "run" {
+		if err := config.fillPeers(p.lookup); err != nil {
 			return nil, usageError{err}
 		}
 	}

@@ -8,6 +8,7 @@ import (
 	"strconv"
 	"strings"
 	"time"
+	"unicode"
 	"unicode/utf8"
 )
 
@@ -18,10 +19,13 @@ type setting struct {
 	verbs map[string]string // defaults of single verbs that differ
 	not   []string          // verbs that do not have it
 	list  bool              // a flag that may be repeated; values are joined with commas
-	arg   string            // placeholder in the help
-	usage string
-	empty map[string]string // what an empty default means, by verb
-	set   func(c *Config, value string) error
+	flag  bool              // true or false; on the command line its name alone is true
+	// secret: its value is never shown.
+	secret bool
+	arg    string // placeholder in the help
+	usage  string
+	empty  map[string]string // what an empty default means, by verb
+	set    func(c *Config, value string) error
 }
 
 func (s *setting) in(verb string) bool { return !slices.Contains(s.not, verb) }
@@ -53,13 +57,80 @@ var settings = []setting{
 		usage: "where offsets are kept",
 		set:   func(c *Config, v string) error { c.DataDir = v; return nil }},
 	{name: "cluster", value: "default", arg: "NAME",
-		usage: "name of this sidecar's data, one for each application",
+		usage: "name of the sidecars that share their data, one for each application",
 		set: func(c *Config, v string) error {
 			c.Cluster = v
 			if !clusterName.MatchString(v) {
 				return fmt.Errorf("a name has 1 to 63 of the characters a-z A-Z 0-9 . _ - and begins with a letter or digit")
 			}
 			return nil
+		}},
+	{name: "join", list: true, arg: "HOST[:PORT][,…]", not: []string{"dev"},
+		usage: "gossip addresses of other sidecars, or DNS names that have them; needs --cluster",
+		set:   func(c *Config, v string) error { return joinAddrs(&c.Peers.Join, v) }},
+	{name: "bootstrap-expect", value: "0", arg: "N", not: []string{"dev"},
+		usage: "with --join: begin a new cluster once N empty sidecars have found each other and no other; 0: never, only join one",
+		set:   func(c *Config, v string) error { return number(&c.Peers.BootstrapExpect, v, 0, 1000) }},
+	{name: "bootstrap-arbiter", arg: "upstream", not: []string{"dev"},
+		usage: "with --join: a record in a topic of the upstream decides who begins a new cluster",
+		set: func(c *Config, v string) error {
+			if c.Peers.Arbiter = v != ""; !c.Peers.Arbiter {
+				return nil
+			}
+			return oneOf(v, "upstream")
+		}},
+	{name: "gossip", value: defaultGossip, arg: "ADDR:PORT", not: []string{"dev"},
+		usage: "where sidecars find each other, TCP and UDP",
+		set:   func(c *Config, v string) error { return listenAddr(&c.Peers.Gossip, v, false) }},
+	{name: "peer", value: defaultPeer, arg: "ADDR:PORT", not: []string{"dev"},
+		usage: "where sidecars replicate and forward requests",
+		set:   func(c *Config, v string) error { return listenAddr(&c.Peers.Peer, v, false) }},
+	{name: "advertise", arg: "HOST", not: []string{"dev"},
+		empty: map[string]string{"run": "what --gossip is bound to, or $POD_IP"},
+		usage: "host that the other sidecars are told",
+		set:   func(c *Config, v string) error { return host(&c.Peers.Advertise, v) }},
+	{name: "max-voters", value: "3", arg: "3|5", not: []string{"dev"},
+		usage: "how many sidecars vote, if there are as many: with 3 one may fail, with 5 two",
+		set: func(c *Config, v string) error {
+			c.Peers.MaxVoters, _ = strconv.Atoi(v)
+			return oneOf(v, "3", "5")
+		}},
+	{name: "commit-acks", value: "all", arg: "all|quorum", not: []string{"dev"},
+		usage: "a commit is answered once every sidecar that keeps up has it on disk, or once a majority has",
+		set: func(c *Config, v string) error {
+			c.Peers.Quorum = v == "quorum"
+			return oneOf(v, "all", "quorum")
+		}},
+	{name: "zone", arg: "NAME", not: []string{"dev"},
+		usage: "where this sidecar runs; voters are spread over zones",
+		set:   func(c *Config, v string) error { return place(&c.Peers.Zone, v) }},
+	{name: "machine", arg: "NAME", not: []string{"dev"},
+		empty: map[string]string{"run": "$NODE_NAME, or the host name"},
+		usage: "on which machine; voters are spread over machines",
+		set:   func(c *Config, v string) error { return place(&c.Peers.Machine, v) }},
+	{name: "peer-cert", arg: "FILE", not: []string{"dev"},
+		usage: "certificate of this sidecar for --peer (PEM); read again when it changes",
+		set:   func(c *Config, v string) error { c.Peers.CertFile = v; return nil }},
+	{name: "peer-key", arg: "FILE", not: []string{"dev"},
+		usage: "its key (PEM)",
+		set:   func(c *Config, v string) error { c.Peers.KeyFile = v; return nil }},
+	{name: "peer-ca", arg: "FILE", not: []string{"dev"},
+		usage: "certificates that have signed those of the other sidecars (PEM)",
+		set:   func(c *Config, v string) error { c.Peers.CAFile = v; return nil }},
+	{name: "gossip-key-file", arg: "FILE", not: []string{"dev"},
+		usage: "keys that encrypt the gossip, one a line: 16, 24 or 32 bytes in base64; the first is used, all are understood",
+		set:   func(c *Config, v string) error { c.Peers.GossipKeyFile = v; return nil }},
+	{name: "join-token", arg: "TEXT", not: []string{"dev"}, secret: true,
+		usage: "a secret that all sidecars of the cluster share: protects --gossip and --peer without certificates",
+		set:   func(c *Config, v string) error { c.Peers.Token = v; return nil }},
+	{name: "join-token-file", arg: "FILE", not: []string{"dev"},
+		usage: "the same, from a file",
+		set:   func(c *Config, v string) error { c.Peers.TokenFile = v; return nil }},
+	{name: "insecure-peers", value: "false", not: []string{"dev"}, flag: true,
+		usage: "--gossip and --peer may be on any address without certificates or token",
+		set: func(c *Config, v string) error {
+			c.Peers.Insecure = v == "true"
+			return oneOf(v, "true", "false")
 		}},
 	{name: "http", value: "127.0.0.1:19090", arg: "ADDR:PORT|off",
 		usage: "health and metrics: /startup /livez /readyz /metrics",
@@ -138,9 +209,7 @@ var settings = []setting{
 
 // laterFlags are names of the design that this version does not have; what they belong to.
 var laterFlags = map[string]string{
-	"join": "a cluster of sidecars", "gossip": "a cluster of sidecars", "peer": "a cluster of sidecars", "advertise": "a cluster of sidecars",
-	"bootstrap-expect": "a cluster of sidecars", "bootstrap-arbiter": "a cluster of sidecars", "commit-acks": "a cluster of sidecars",
-	"role": "a cluster of sidecars", "max-voters": "a cluster of sidecars", "upstream-offsets": "import and mirroring of offsets",
+	"role": "anchors and clients among the sidecars", "upstream-offsets": "import and mirroring of offsets",
 }
 
 // laterNote explains a flag that is not there yet.
@@ -230,6 +299,29 @@ func hostPorts(to *[]string, v string) error {
 			return fmt.Errorf("%q: %q is neither a host name nor an address", addr, h)
 		}
 		*to = append(*to, addr)
+	}
+	return nil
+}
+
+// joinAddrs is hostPorts with a default port.
+func joinAddrs(to *[]string, v string) error {
+	var all []string
+	for _, addr := range strings.Split(v, ",") {
+		addr = strings.TrimSpace(addr)
+		bare := strings.TrimSuffix(strings.TrimPrefix(addr, "["), "]")
+		if ip := net.ParseIP(bare); ip != nil || addr != "" && !strings.Contains(addr, ":") {
+			_, port, _ := net.SplitHostPort(defaultGossip)
+			addr = net.JoinHostPort(bare, port)
+		}
+		all = append(all, addr)
+	}
+	return hostPorts(to, strings.Join(all, ","))
+}
+
+// place reads the name of a zone or machine. It is told in gossip, where all tags of a sidecar share 512 bytes.
+func place(to *string, v string) error {
+	if *to = v; len(v) > 63 || strings.ContainsFunc(v, unicode.IsControl) {
+		return fmt.Errorf("must have at most 63 bytes, all of them to be read")
 	}
 	return nil
 }

@@ -119,7 +119,7 @@ func (s *Sidecar) Status() Status {
 		up.Listeners[strconv.Itoa(int(id))] = addrs[id]
 	}
 	settings := map[string]string{}
-	for name, o := range s.config.origins {
+	for name, o := range s.config.shown() {
 		settings[name] = o.value
 	}
 	return Status{
