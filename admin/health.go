@@ -41,6 +41,8 @@ type Probe struct {
 	Alive func() error
 	// Status gives the value shown at /status.
 	Status func() any
+	// Members gives the value shown at /members.
+	Members func() any
 	// Metrics answers a scraper.
 	Metrics http.Handler
 }
@@ -105,6 +107,7 @@ func (s *Server) healthPages() http.Handler {
 func (s *Server) adminPages() http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /status", func(w http.ResponseWriter, _ *http.Request) { write(w, http.StatusOK, s.probe.Status()) })
+	mux.HandleFunc("GET /members", func(w http.ResponseWriter, _ *http.Request) { write(w, http.StatusOK, s.probe.Members()) })
 	mux.HandleFunc("GET /debug/pprof/", pprof.Index)
 	mux.HandleFunc("GET /debug/pprof/cmdline", pprof.Cmdline)
 	mux.HandleFunc("GET /debug/pprof/profile", pprof.Profile)

@@ -51,6 +51,7 @@ func healthy() admin.Probe {
 		Ready:   func() []admin.Check { return []admin.Check{{Name: "listeners", OK: true, Decides: true}} },
 		Alive:   func() error { return nil },
 		Status:  func() any { return map[string]int{"term": 3} },
+		Members: func() any { return []string{"one", "two"} },
 		Metrics: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, "up 1\n") }),
 	}
 }
@@ -125,6 +126,9 @@ func TestLivezAnswersWhileItsCheckHangs(t *testing.T) {
 func TestAdminPagesAnswerLoopbackNamesOnly(t *testing.T) {
 	_, pages := serve(t, healthy())
 	if code, body := get(t, pages+"/status"); code != 200 || !strings.Contains(body, `"term": 3`) {
+		t.Errorf("%d %s", code, body)
+	}
+	if code, body := get(t, pages+"/members"); code != 200 || !strings.Contains(body, `"two"`) {
 		t.Errorf("%d %s", code, body)
 	}
 	if code, _ := get(t, pages+"/debug/pprof/goroutine?debug=1"); code != 200 {

@@ -89,6 +89,8 @@ func (p *program) app() *cli.App {
 			{Name: "config", Usage: "look at the configuration", HideHelpCommand: true, Action: unknownVerb, OnUsageError: misused, Subcommands: []*cli.Command{{
 				Name: "print", Usage: "print each value of 'run' and where it comes from, as YAML for --config", Flags: flags("run"), Action: p.configPrint, OnUsageError: misused,
 			}}},
+			{Name: "status", Usage: "how the sidecar on this machine is, and its cluster", Flags: viewFlags(), Action: p.status, OnUsageError: misused},
+			{Name: "members", Usage: "who is in its cluster: roles, lag, addresses", Flags: viewFlags(), Action: p.members, OnUsageError: misused},
 			{Name: "version", Usage: "print the version", Action: p.printVersion, OnUsageError: misused},
 		},
 	}
@@ -111,18 +113,21 @@ func unknownVerb(c *cli.Context) error {
 	return usageError{fmt.Errorf("unknown command %q (see '%s --help')", c.Args().First(), c.App.Name)}
 }
 
-// flags makes the command line's form of the settings that a verb has.
-func flags(verb string) []cli.Flag {
+// flags makes the command line's form of the settings that a verb has, or of some of them.
+func flags(verb string, only ...string) []cli.Flag {
 	all := []cli.Flag{&cli.StringFlag{Name: "config", Usage: "YAML `FILE` with settings, by the names below"}}
 	for i := range settings {
 		s := &settings[i]
-		if s.in(verb) {
+		if s.in(verb) && (len(only) == 0 || slices.Contains(only, s.name)) {
 			flag := &cli.GenericFlag{Name: s.name, Usage: s.usage, Value: &flagValue{setting: s}, DefaultText: cmp.Or(s.defaultFor(verb), s.empty[verb])}
 			all = append(all, settingFlag{flag, s})
 		}
 	}
 	return all
 }
+
+// viewFlags are those of the verbs that ask a running sidecar.
+func viewFlags() []cli.Flag { return append(flags("run", "admin"), outputFlag) }
 
 // settingFlag is a flag with a help line of our own.
 type settingFlag struct {
@@ -165,8 +170,10 @@ func flagSource(c *cli.Context) source {
 	return source{
 		from: func(s *setting) string { return "--" + s.name },
 		get: func(s *setting) (string, bool) {
-			v, ok := c.Generic(s.name).(*flagValue)
-			return v.String(), ok && slices.Contains(c.LocalFlagNames(), s.name)
+			if v, ok := c.Generic(s.name).(*flagValue); ok && slices.Contains(c.LocalFlagNames(), s.name) {
+				return v.String(), true
+			}
+			return "", false
 		},
 	}
 }

@@ -1,11 +1,14 @@
 package main
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
+	"io"
 	"maps"
 	"slices"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/offset-sidecar/offset-sidecar/admin"
@@ -22,6 +25,7 @@ func (s *Sidecar) probe() admin.Probe {
 		},
 		Alive:   s.coordinatorAlive,
 		Status:  func() any { return s.Status() },
+		Members: func() any { return s.Members() },
 		Metrics: s.telemetry,
 	}
 }
@@ -73,9 +77,13 @@ func (s *Sidecar) coordinatorAlive() error {
 
 // Status is what /status shows.
 type Status struct {
+	Summary       string            `json:"summary"`
 	Version       string            `json:"version"`
 	Cluster       string            `json:"cluster"`
+	ClusterID     string            `json:"cluster_id"`
 	NodeID        string            `json:"node_id"`
+	Role          string            `json:"role"`
+	ActiveNode    string            `json:"active_node"`
 	UptimeSeconds int64             `json:"uptime_seconds"`
 	DataDir       string            `json:"data_dir"`
 	Active        bool              `json:"active"`
@@ -84,6 +92,8 @@ type Status struct {
 	Listen        string            `json:"listen"`
 	HTTP          string            `json:"http"`
 	Admin         string            `json:"admin"`
+	Gossip        string            `json:"gossip"`
+	Peer          string            `json:"peer"`
 	Upstream      UpstreamStatus    `json:"upstream"`
 	Settings      map[string]string `json:"settings"`
 	Metrics       map[string]int64  `json:"metrics"`
@@ -122,9 +132,48 @@ func (s *Sidecar) Status() Status {
 	for name, o := range s.config.shown() {
 		settings[name] = o.value
 	}
+	node, members := s.node.Status(), memberStatuses(s.node.Members(), s.node.ID())
 	return Status{
+		Summary: summarize(members, node.Waiting), ClusterID: node.ClusterID, Role: node.Role, ActiveNode: node.Active, Gossip: cmp.Or(node.GossipAddr, "off"), Peer: cmp.Or(node.PeerAddr, "off"),
 		Version: versionText(), Cluster: s.config.Cluster, NodeID: s.node.ID(), UptimeSeconds: int64(time.Since(s.opened).Seconds()),
 		DataDir: s.config.DataDir, Active: active.Active, Term: active.Term, Draining: s.draining.Load(),
 		Listen: s.Addr(), HTTP: addrOf(s.health), Admin: addrOf(s.pages), Upstream: up, Settings: settings, Metrics: s.metrics.Snapshot(),
 	}
+}
+
+// Members describes the cluster as this sidecar sees it now.
+func (s *Sidecar) Members() MembersStatus {
+	node, members := s.node.Status(), memberStatuses(s.node.Members(), s.node.ID())
+	return MembersStatus{Summary: summarize(members, node.Waiting), Cluster: s.config.Cluster, ClusterID: node.ClusterID, Term: node.Term, Members: members}
+}
+
+// writeStatus prints what 'offset-sidecar status' shows.
+func writeStatus(w io.Writer, s *Status) error {
+	active := "not active"
+	if s.Active {
+		active = fmt.Sprintf("active in term %d", s.Term)
+	}
+	if s.Draining {
+		active += ", stopping"
+	}
+	var brokers []string
+	for _, b := range s.Upstream.Brokers {
+		brokers = append(brokers, fmt.Sprintf("%d at %s", b.ID, b.Addr))
+	}
+	known := "not reached yet"
+	if s.Upstream.AskedAt != nil {
+		known = fmt.Sprintf("%s, asked %v ago", strings.Join(brokers, ", "), time.Since(*s.Upstream.AskedAt).Round(time.Second))
+	}
+	_, err := fmt.Fprintf(w, `%s
+
+this sidecar  %s, %s %s, up %v, version %s
+cluster       %s %s
+data          %s
+clients at    %s
+HTTP, admin   %s, %s
+gossip, peer  %s, %s
+upstream      %s (%s)
+`, s.Summary, s.NodeID, s.Role, active, time.Duration(s.UptimeSeconds)*time.Second, s.Version, s.Cluster, s.ClusterID, cmp.Or(s.DataDir, "in memory"),
+		s.Listen, s.HTTP, s.Admin, s.Gossip, s.Peer, strings.Join(s.Upstream.Seeds, ","), known)
+	return err
 }

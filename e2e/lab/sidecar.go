@@ -1,6 +1,7 @@
 package lab
 
 import (
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -22,6 +23,9 @@ type Sidecar struct {
 	Upstream string
 	Port     int    // of the bootstrap listener; 0: chosen, with room behind it for the brokers' listeners
 	Dir      string // the data directory
+	Gossip   string // host:port; "": any free port, as for Peer
+	Peer     string
+	Join     string // "" is alone
 	Args     []string
 	Command  func(*exec.Cmd) // a last change to the command, such as another user
 	*Process
@@ -90,13 +94,17 @@ func (s *Sidecar) Start() error {
 			return err
 		}
 	}
-	args := []string{"run", "--upstream", s.Upstream}
+	args := []string{"run", "--upstream", s.Upstream,
+		"--gossip", cmp.Or(s.Gossip, "127.0.0.1:0"), "--peer", cmp.Or(s.Peer, "127.0.0.1:0")}
 	if s.Verb != "" {
 		args = []string{s.Verb}
 	}
 	args = append(args, "--listen", s.Addr(), "--http", "127.0.0.1:0", "--admin", "127.0.0.1:0")
 	if s.Dir != "" {
 		args = append(args, "--data-dir", s.Dir)
+	}
+	if s.Join != "" {
+		args = append(args, "--join", s.Join)
 	}
 	cmd := exec.Command(bin, append(args, s.Args...)...)
 	if s.Command != nil {
@@ -142,13 +150,32 @@ func (s *Sidecar) Terminate(within time.Duration) (int, error) {
 	return s.Wait(within)
 }
 
+// page reads a JSON page of the admin listener.
+func (s *Sidecar) page(path string, into any) error {
+	addr, _ := s.ready["admin"].(string)
+	if addr == "" {
+		return errors.New("the line ready named no admin address")
+	}
+	client := http.Client{Timeout: 2 * time.Second} // the process may be stopped
+	resp, err := client.Get("http://" + addr + path)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = resp.Body.Close() }()
+	if resp.StatusCode != http.StatusOK {
+		return fmt.Errorf("%s: %s", path, resp.Status)
+	}
+	return json.NewDecoder(resp.Body).Decode(into)
+}
+
 // Metric reads one metric, summed over its labels, from the health listener.
 func (s *Sidecar) Metric(name string) (float64, error) {
 	addr, _ := s.ready["http"].(string)
 	if addr == "" {
 		return 0, errors.New("the line ready named no http address")
 	}
-	resp, err := http.Get("http://" + addr + "/metrics")
+	client := http.Client{Timeout: 2 * time.Second}
+	resp, err := client.Get("http://" + addr + "/metrics")
 	if err != nil {
 		return 0, err
 	}
