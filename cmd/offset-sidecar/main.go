@@ -91,6 +91,8 @@ func (p *program) app() *cli.App {
 			}}},
 			{Name: "status", Usage: "how the sidecar on this machine is, and its cluster", Flags: viewFlags(), Action: p.status, OnUsageError: misused},
 			{Name: "members", Usage: "who is in its cluster: roles, lag, addresses", Flags: viewFlags(), Action: p.members, OnUsageError: misused},
+			{Name: "recover", Usage: "after a majority of the voters was lost for good: go on with what one data directory has",
+				Flags: append(flags("run", "data-dir", "cluster"), executeFlag, outputFlag), Action: p.recover, OnUsageError: misused},
 			{Name: "version", Usage: "print the version", Action: p.printVersion, OnUsageError: misused},
 		},
 	}
