@@ -116,6 +116,9 @@ func (i *invocation) stop(t *testing.T) {
 
 // ephemeral are the flags that keep a sidecar out of everybody's way.
 func ephemeral(args ...string) []string {
+	if args[0] == "run" {
+		args = append(args, "--gossip", "127.0.0.1:0", "--peer", "127.0.0.1:0")
+	}
 	return append(args, "--listen", "127.0.0.1:0", "--http", "127.0.0.1:0", "--admin", "127.0.0.1:0")
 }
 
@@ -314,7 +317,7 @@ func TestPortInUseNamesTheFlagAndTheWayOut(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer taken.Close()
-	for _, flag := range []string{"--listen", "--http", "--admin"} {
+	for _, flag := range []string{"--listen", "--http", "--admin", "--gossip", "--peer"} {
 		args := ephemeral("run", "--upstream", "127.0.0.1:1", "--data-dir", t.TempDir())
 		for i, a := range args {
 			if a == flag {

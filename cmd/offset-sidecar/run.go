@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"io"
@@ -57,7 +58,7 @@ func (p *program) announce(s *Sidecar) {
 		data = "in memory"
 	}
 	s.logger.Info("ready", "listen", s.Addr(), "http", addrOf(s.health), "admin", addrOf(s.pages), "upstream", strings.Join(s.config.Upstream.Seeds, ","),
-		"cluster", s.config.Cluster, "data_dir", data, "term", s.coordinator.Status().Term, "version", versionText())
+		"gossip", cmp.Or(s.node.GossipAddr(), "off"), "peer", cmp.Or(s.node.PeerAddr(), "off"), "node", s.node.ID(), "cluster", s.config.Cluster, "data_dir", data, "term", s.coordinator.Status().Term, "version", versionText())
 	if p.started != nil {
 		p.started(s)
 	}

@@ -44,6 +44,10 @@ type Sidecar struct {
 	pages       net.Listener
 	admin       *admin.Server
 
+	peered   bool          // there are other sidecars, or may be
+	serving  chan struct{} // closed when proxy is there
+	closing  chan struct{} // closed when the end has begun
+	close    sync.Once
 	opened   time.Time
 	draining atomic.Bool
 	closers  []func() // what to undo, in opening order
@@ -54,8 +58,8 @@ type Sidecar struct {
 
 // Open starts a sidecar. When it returns the client listener is bound; the coordinator may not be active yet.
 func Open(config *Config, logger *slog.Logger) (*Sidecar, error) {
-	s := &Sidecar{config: config, logger: logger, metrics: new(tracing.Metrics), opened: time.Now()}
-	for _, open := range []func() error{s.openTelemetry, s.openStore, s.openUpstream, s.openProxy, s.openAdmin} {
+	s := &Sidecar{config: config, logger: logger, metrics: new(tracing.Metrics), opened: time.Now(), serving: make(chan struct{}), closing: make(chan struct{})}
+	for _, open := range []func() error{s.openTelemetry, s.openUpstream, s.openStore, s.openCoordinator, s.openProxy, s.openAdmin} {
 		if err := open(); err != nil {
 			s.closeAll()
 			return nil, err
@@ -68,6 +72,7 @@ func Open(config *Config, logger *slog.Logger) (*Sidecar, error) {
 func (s *Sidecar) onClose(f func()) { s.closers = append(s.closers, f) }
 
 func (s *Sidecar) closeAll() {
+	s.close.Do(func() { close(s.closing) })
 	for i := len(s.closers) - 1; i >= 0; i-- {
 		s.closers[i]()
 	}
@@ -97,23 +102,7 @@ func (s *Sidecar) openTelemetry() (err error) {
 	return nil
 }
 
-// openStore opens the replicated log.
-func (s *Sidecar) openStore() (err error) {
-	s.node, err = replicate.Open(replicate.Config{
-		Dir: s.config.DataDir, Fsync: s.config.Replicate.Fsync, RaftTimeout: s.config.Replicate.RaftTimeout, MinFree: minFree, Logger: s.logger,
-	})
-	if err != nil {
-		return fmt.Errorf("--data-dir: %w", err)
-	}
-	s.onClose(func() {
-		if err := s.node.Close(); err != nil {
-			s.logger.Error("closing the store", "err", err)
-		}
-	})
-	return nil
-}
-
-// openUpstream makes the client of the upstream and the coordinator, and starts both with the proxy.
+// openUpstream makes the client of the upstream, which does nothing yet.
 func (s *Sidecar) openUpstream() (err error) {
 	s.upstream, err = upstream.New(upstream.Config{
 		Seeds: s.config.Upstream.Seeds, ClientID: "offset-sidecar/" + s.config.Cluster, Logger: s.logger, Dialer: s.dialer(),
@@ -122,10 +111,44 @@ func (s *Sidecar) openUpstream() (err error) {
 		return fmt.Errorf("--upstream: %w", err)
 	}
 	s.onClose(s.upstream.Close)
+	return nil
+}
+
+// openStore opens the replicated log, and the way to the other sidecars.
+func (s *Sidecar) openStore() error {
+	cluster, err := s.peering()
+	if err != nil {
+		return err
+	}
+	acks := replicate.AcksAll
+	if s.config.Peers.Quorum {
+		acks = replicate.AcksQuorum
+	}
+	s.node, err = replicate.Open(replicate.Config{
+		Dir: s.config.DataDir, Fsync: s.config.Replicate.Fsync, RaftTimeout: s.config.Replicate.RaftTimeout, MinFree: minFree,
+		Acks: acks, Cluster: cluster, Logger: s.logger, Metrics: s.metrics,
+	})
+	if err != nil {
+		return s.openingError(err)
+	}
+	s.onClose(func() {
+		if err := s.node.Close(); err != nil {
+			s.logger.Error("closing the store", "err", err)
+		}
+	})
+	s.peered = cluster != nil
+	return nil
+}
+
+// openCoordinator starts the coordinator.
+func (s *Sidecar) openCoordinator() error {
 	config := s.config.Coordinator
 	config.ElectionTimeout = s.config.Replicate.RaftTimeout
 	s.coordinator = coordinator.New(config, s.node, s.upstream, s.logger, s.metrics)
 	s.start(s.runCoordinator)
+	if s.peered {
+		s.start(s.announceActive)
+	}
 	return nil
 }
 
@@ -158,12 +181,17 @@ func (s *Sidecar) runCoordinator(ctx context.Context) {
 // openProxy binds the listeners.
 func (s *Sidecar) openProxy() error {
 	c := s.config.Proxy
+	var peers proxy.Peers
+	if s.peered {
+		peers = s.node
+	}
 	s.proxy = proxy.New(proxy.Config{
+		Node:   s.node.ID(),
 		Listen: c.Listen, AdvertiseHost: c.AdvertiseHost, Upstream: s.config.Upstream.Seeds,
 		MaxFrame: int32(c.MaxFrame), MaxGroupFrame: maxGroupFrame,
 		MaxInflight: c.MaxInflight, MaxConnections: c.MaxConnections, UpstreamTimeout: c.UpstreamTimeout,
 		CommitTimeout: s.config.Coordinator.CommitTimeout, Logger: s.logger,
-	}, s.coordinator, s.upstream, s.node.Local(), nil, s.metrics)
+	}, s.coordinator, s.upstream, s.node.Local(), peers, s.metrics)
 	if err := s.proxy.Start(); err != nil {
 		return bindError("--listen", c.Listen, err)
 	}
@@ -172,6 +200,7 @@ func (s *Sidecar) openProxy() error {
 		cancel() // whoever was to be waited for has been, in Drain
 		_ = s.proxy.Shutdown(ctx)
 	})
+	close(s.serving)
 	s.start(s.upstream.Run)
 	return nil
 }
@@ -224,19 +253,22 @@ func bindError(flag, addr string, err error) error {
 	return fmt.Errorf("%s %s: %w", flag, addr, err)
 }
 
-// WaitActive returns when the coordinator is active, with an error when it has stopped or ctx is done.
+// WaitActive returns when group calls are answered, by this sidecar or another, with an error when the coordinator has
+// stopped or ctx is done. With others to join it returns at once: whoever of them is not there yet may come any time.
 func (s *Sidecar) WaitActive(ctx context.Context) error {
 	warning := time.NewTicker(activeWarning)
 	defer warning.Stop()
 	for {
 		status := s.coordinator.Status()
-		if status.Active {
+		_, active, changed := s.node.Active()
+		if status.Active || active != "" || len(s.config.Peers.Join) > 0 {
 			return nil
 		}
 		select {
 		case <-ctx.Done():
 			return ctx.Err()
 		case <-status.Changed:
+		case <-changed:
 		case <-warning.C:
 			s.logger.Warn("the coordinator is not active yet: group calls wait, data is served", "since", time.Since(s.opened).Round(time.Second))
 		}
