@@ -2,8 +2,10 @@ package wire_test
 
 import (
 	"bytes"
+	"encoding/binary"
 	"errors"
 	"fmt"
+	"math"
 	"reflect"
 	"strings"
 	"testing"
@@ -279,6 +281,17 @@ func BenchmarkRewriteMetadata(b *testing.B) {
 	}
 }
 
+// mayClaimTags says whether somewhere a count of more than 16 million could be read: kmsg counts that many tags although
+// they are not there, for longer than a fuzzing process may take.
+func mayClaimTags(frame []byte) bool {
+	for i := range frame {
+		if n, size := binary.Uvarint(frame[i:]); size > 0 && n > 1<<24 && n <= math.MaxUint32 {
+			return true
+		}
+	}
+	return false
+}
+
 func FuzzRewriteResponse(f *testing.F) {
 	for _, key := range []int16{0, 3, 10, 60} {
 		newest, _ := wire.MaxRewritten(key)
@@ -320,7 +333,7 @@ func FuzzRewriteResponse(f *testing.F) {
 		if resp.IsFlexible() {
 			header = 5
 		}
-		if resp.ReadFrom(frame[header:]) != nil {
+		if resp.IsFlexible() && mayClaimTags(frame) || resp.ReadFrom(frame[header:]) != nil {
 			return // what lies behind the addresses is not looked at
 		}
 		if want := moved(resp); !reflect.DeepEqual(decode(t, key, version, got), want) {
