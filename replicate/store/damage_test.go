@@ -303,3 +303,84 @@ func damageOnce(t *testing.T, image string, want *worn, name string, hurt func([
 	}
 	return fmt.Errorf("%w: %w", errRefused, err)
 }
+
+// A restore is killed at each of its points: the directory opens as it was before, or as the snapshot is.
+func TestARestoreKilledAnywhereIsDoneOrUndone(t *testing.T) {
+	a := filled(t, "")
+	for i := range 1500 { // several frames
+		a.apply(rec(int32(i%7), fmt.Sprint("large", i), strings.Repeat("x", 1500)))
+	}
+	meta, stream := snapshotOf(t, a, a.State().Index)
+	after := a.latest()
+	delete(after, "0/too late")
+	for name, last := range map[string]uint64{"a log below it": 20, "a log above it": meta.Index + 10} {
+		b := openTest(t, t.TempDir())
+		b.mustStore(entries(1, 1, last, 10))
+		b.apply(rec(7, "old", "1"))
+		b.flushAll()
+		before := b.latest()
+		var images []string
+		var points []string
+		b.opt.hook = func(point string) {
+			dir := t.TempDir()
+			copySparse(t, b.opt.Dir, dir)
+			images, points = append(images, dir), append(points, point)
+		}
+		b.reopen()
+		if err := install(t, b, meta, stream); err != nil {
+			t.Fatal(err)
+		}
+		b.opt.hook("done")
+		if len(points) < 7 {
+			t.Fatalf("%q", points)
+		}
+		for i, dir := range images {
+			c := openTest(t, dir)
+			want, index := after, meta.Index
+			if s := c.State(); s.Index != meta.Index {
+				want, index = before, 1
+			}
+			if got := c.latest(); !maps.Equal(got, want) || c.State().Index != index || points[i] == "done" && index == 1 {
+				t.Fatalf("%s, %s: applied %d, %d keys", name, points[i], c.State().Index, len(got))
+			}
+			if _, end := c.RaftLog().ends(); end != 0 && end != last {
+				t.Fatalf("%s, %s: raft's log ends at %d", name, points[i], end)
+			}
+			next := max(last, meta.Index) + 1
+			if last < meta.Index && index == meta.Index {
+				next = meta.Index + 1
+			} else if index == 1 {
+				next = last + 1
+			}
+			c.mustStore(entries(2, next, next, 10)) // and raft goes on
+			c.reopen()
+		}
+	}
+}
+
+// Raft takes back a suffix that a new leader does not have, and a kill comes anywhere in that.
+func TestASuffixTakenBackIsNoDamage(t *testing.T) {
+	dir := t.TempDir()
+	r := openTest(t, dir)
+	r.mustStore(entries(1, 1, 3000, 10))
+	for to := uint64(3000); to > 1; {
+		from := to - min(to-1, 700)
+		if err := r.RaftLog().lowerMark(from - 1); err != nil { // the kill comes between the two
+			t.Fatal(err)
+		}
+		for range 2 {
+			image := t.TempDir()
+			copySparse(t, dir, image)
+			c := openTest(t, image)
+			if _, last := c.RaftLog().ends(); last != to && last != from-1 {
+				t.Fatal(last)
+			}
+			c.close()
+			if err := r.RaftLog().DeleteRange(from, to); err != nil {
+				t.Fatal(err)
+			}
+		}
+		r.mustStore(entries(to, from, from, 10)) // of a new term
+		to = from
+	}
+}

@@ -112,12 +112,17 @@ func (g *guard) roomy(size int64) bool {
 
 // wait returns when a few bytes can be written safely, or stop is closed. Raft panics when its stable store fails.
 func (g *guard) wait(stop <-chan struct{}) bool {
+	return g.waitFor(stop, 0)
+}
+
+// waitFor returns true when size bytes are free, and an eighth of the floor; false when stop is closed.
+func (g *guard) waitFor(stop <-chan struct{}, size int64) bool {
 	if g.min <= 0 {
 		return true
 	}
 	for {
 		free, total, err := g.space(g.dir)
-		if err == nil && free >= g.floor(total)/8 {
+		if err == nil && free >= max(g.floor(total)/8, min(size, g.floor(total))) {
 			return true
 		}
 		g.mu.Lock()

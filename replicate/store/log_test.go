@@ -10,6 +10,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"slices"
+	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -436,7 +437,7 @@ func install(t *testing.T, r *reopenable, meta *raft.SnapshotMeta, stream []byte
 		t.Fatal(err)
 	}
 	if err := sink.Close(); err != nil {
-		t.Fatal(err)
+		return err
 	}
 	_, rc, err := r.Snapshots().Open(sink.ID())
 	if err != nil {
@@ -496,9 +497,35 @@ func TestASnapshotMakesAFreshStoreTheSame(t *testing.T) {
 func TestADamagedSnapshotIsRefused(t *testing.T) {
 	a := filled(t, "")
 	meta, stream := snapshotOf(t, a, a.State().Index)
-	for _, bad := range [][]byte{stream[:len(stream)-1], stream[:len(stream)/2], append(bytes.Clone(stream[:300]), append([]byte{stream[300] ^ 1}, stream[301:]...)...), []byte("something else entirely")} {
-		if err := install(t, openTest(t, ""), meta, bad); err == nil {
-			t.Fatal("a damaged snapshot was restored")
+	bad := map[string][]byte{
+		"a byte short": stream[:len(stream)-1], "half": stream[:len(stream)/2], "nothing but a header": stream[:300],
+		"a byte too long": append(bytes.Clone(stream), 0), "something else": []byte("something else entirely"),
+	}
+	for range 20 {
+		at, bit := rand.IntN(len(stream)), rand.IntN(8)
+		flipped := bytes.Clone(stream)
+		flipped[at] ^= 1 << bit
+		bad[fmt.Sprintf("bit %d of byte %d", bit, at)] = flipped
+	}
+	for _, dir := range []string{"", t.TempDir()} {
+		b := openTest(t, dir)
+		b.apply(rec(7, "old", "1"))
+		b.flushAll()
+		b.apply(rec(7, "unflushed", "1"))
+		want, state := b.latest(), b.State()
+		for name, stream := range bad {
+			if err := install(t, b, meta, stream); err == nil || !strings.Contains(err.Error(), "nothing was changed") {
+				t.Fatalf("%s: %v", name, err)
+			}
+			if !maps.Equal(b.latest(), want) || fmt.Sprint(b.State()) != fmt.Sprint(state) {
+				t.Fatalf("%s changed something", name)
+			}
+		}
+		if dir != "" {
+			b.reopen()
+		}
+		if err := install(t, b, meta, stream); err != nil {
+			t.Fatal(err)
 		}
 	}
 }

@@ -1,6 +1,7 @@
 package store
 
 import (
+	"bufio"
 	"bytes"
 	"encoding/binary"
 	"errors"
@@ -23,6 +24,8 @@ const (
 	frameBytes    = 512 << 10 // where a frame is cut: with one more pair it still fits a transaction
 	framePairs    = 4096
 	maxFrameBytes = 2 << 20
+
+	restoreRoom = 16 << 20 // that must be free for the next transaction of a restore: it may bring about a table
 )
 
 // Snapshots is raft's snapshot store. What is flushed is the snapshot: there is at most one, and taking it writes
@@ -274,19 +277,62 @@ func (k *sink) Close() error {
 	if k.wrote == 0 {
 		return k.n.s.raise(&k.meta)
 	}
-	if k.file != nil {
-		files := k.n.s.files
-		if err := errors.Join(k.file.Sync(), k.file.Close()); err != nil {
-			return err
-		}
-		if err := errors.Join(os.Rename(k.file.Name(), files.path(incomingName)), syncDir(files.dir)); err != nil {
-			return err
-		}
+	if err := k.keep(); err != nil {
+		return fmt.Errorf("a snapshot from elsewhere is refused, nothing was changed: %w", err)
 	}
 	k.meta.Size = k.wrote
 	k.n.mu.Lock()
 	k.n.incoming = &incoming{meta: k.meta, mem: k.mem}
 	k.n.mu.Unlock()
+	return nil
+}
+
+// keep checks a snapshot from elsewhere, whole, before anything is given up for it, and puts it where Open finds it.
+func (k *sink) keep() error {
+	if k.file == nil {
+		return verifySnapshot(bytes.NewReader(k.mem))
+	}
+	files := k.n.s.files
+	_, err := k.file.Seek(0, io.SeekStart)
+	if err == nil {
+		err = verifySnapshot(bufio.NewReaderSize(k.file, 64<<10))
+	}
+	if err == nil {
+		err = k.file.Sync()
+	}
+	if err := errors.Join(err, k.file.Close()); err != nil {
+		return errors.Join(err, os.Remove(k.file.Name()))
+	}
+	return errors.Join(os.Rename(k.file.Name(), files.path(incomingName)), syncDir(files.dir))
+}
+
+// verifySnapshot reads a stream to its end: header, pairs of the right ranges and with the right checksums, the empty
+// frame, and nothing after it.
+func verifySnapshot(r io.Reader) error {
+	if _, err := readHeader(r); err != nil {
+		return err
+	}
+	for {
+		payload, err := readFrame(r)
+		if err != nil {
+			return err
+		}
+		if len(payload) == 0 {
+			break
+		}
+		err = eachPair(payload, func(key, value []byte) error {
+			if _, ok := unseal(key, value); !ok {
+				return fmt.Errorf("the value of key %q fails its checksum", key)
+			}
+			return nil
+		})
+		if err != nil {
+			return err
+		}
+	}
+	if n, err := r.Read(make([]byte, 1)); n != 0 || !errors.Is(err, io.EOF) {
+		return errors.Join(errors.New("something follows its end"), err)
+	}
 	return nil
 }
 
@@ -331,22 +377,23 @@ func (s *Store) raise(meta *raft.SnapshotMeta) error {
 	return nil
 }
 
-// Restore replaces the compacted log by a snapshot stream; raft's log up to it is dropped. A crash in between is made
-// good at the next Open, from the file the stream was spooled to.
+// Restore replaces the compacted log by the snapshot that came from elsewhere, which r reads; raft's log up to it is
+// dropped. It waits while space is low. A crash in between is made good at the next Open, from the file the stream was
+// spooled to; so is an error, after which the store is not used any more.
 func (s *Store) Restore(r io.Reader) error {
 	s.snapshots.mu.Lock()
 	in := s.snapshots.incoming
 	s.snapshots.mu.Unlock()
-	var meta *raft.SnapshotMeta
-	if in != nil {
-		meta = &in.meta
+	if in == nil {
+		return errors.New("restoring a snapshot: none has come in")
 	}
-	if err := s.restore(r, meta); err != nil {
+	if err := s.restore(r, &in.meta); err != nil {
 		return fmt.Errorf("restoring a snapshot: %w", err)
 	}
 	s.snapshots.mu.Lock()
 	s.snapshots.incoming = nil
 	s.snapshots.mu.Unlock()
+	s.reached("reset")
 	s.dropIncoming()
 	return nil
 }
@@ -363,23 +410,18 @@ func (s *Store) dropIncoming() {
 }
 
 func (s *Store) restore(r io.Reader, meta *raft.SnapshotMeta) error {
-	header, err := readFrame(r)
+	state, err := readHeader(r)
 	if err != nil {
 		return err
 	}
-	body, ok := bytes.CutPrefix(header, []byte(snapshotMagic))
-	if !ok {
-		return errors.New("not a snapshot of a known version")
+	if s.files != nil {
+		if err := s.files.guard.check(2 * meta.Size); err != nil { // in badger's log and in its tables
+			return err
+		}
 	}
-	state, err := decodeState(body)
-	if err != nil {
-		return err
-	}
-	if meta != nil {
-		// A snapshot restored by hand takes an index of its own.
-		state.Index, state.Term = meta.Index, meta.Term
-		state.ConfigurationIndex, state.Configuration = meta.ConfigurationIndex, raft.EncodeConfiguration(meta.Configuration)
-	}
+	// A snapshot restored by hand takes an index of its own.
+	state.Index, state.Term = meta.Index, meta.Term
+	state.ConfigurationIndex, state.Configuration = meta.ConfigurationIndex, raft.EncodeConfiguration(meta.Configuration)
 	state.Installed = state.Index
 	s.restoring.Lock()
 	defer s.restoring.Unlock()
@@ -389,12 +431,38 @@ func (s *Store) restore(r io.Reader, meta *raft.SnapshotMeta) error {
 	if err != nil {
 		return err
 	}
-	return s.replace(r, state)
+	s.reached("marked")
+	err = s.replace(r, state, func() error {
+		if s.files != nil && !s.files.guard.waitFor(s.stop, restoreRoom) {
+			return ErrClosing
+		}
+		return nil
+	})
+	if err != nil {
+		s.fatal(fmt.Errorf("a snapshot was only partly restored, the next start finishes it: %w", err))
+	}
+	return err
+}
+
+// readHeader reads the first frame.
+func readHeader(r io.Reader) (State, error) {
+	header, err := readFrame(r)
+	if err != nil {
+		return State{}, err
+	}
+	body, ok := bytes.CutPrefix(header, []byte(snapshotMagic))
+	if !ok {
+		return State{}, errors.New("not a snapshot of a known version")
+	}
+	return decodeState(body)
 }
 
 // replace empties the compacted log, loads the rest of a stream and sets state.
-func (s *Store) replace(r io.Reader, state State) error {
+func (s *Store) replace(r io.Reader, state State, room func() error) error {
 	for _, kind := range snapshotRanges {
+		if err := room(); err != nil {
+			return err
+		}
 		if err := s.wipe(kind); err != nil {
 			return err
 		}
@@ -407,13 +475,15 @@ func (s *Store) replace(r io.Reader, state State) error {
 		if len(payload) == 0 {
 			break
 		}
-		if err := s.checkSpace(); err != nil {
+		if err := room(); err != nil {
 			return err
 		}
-		if err := s.update(func(txn *badger.Txn) error { return setPairs(txn, payload) }); err != nil {
+		s.reached("filling")
+		if err := s.update(func(txn *badger.Txn) error { return eachPair(payload, txn.Set) }); err != nil {
 			return err
 		}
 	}
+	s.reached("filled")
 	err := s.update(func(txn *badger.Txn) error {
 		if err := txn.Delete(restoringKey); err != nil {
 			return err
@@ -428,6 +498,7 @@ func (s *Store) replace(r io.Reader, state State) error {
 	s.flushed, s.current = state, state.clone()
 	s.room.Broadcast()
 	s.mu.Unlock()
+	s.reached("replaced")
 	return s.raftLog.reset(state.Installed)
 }
 
@@ -454,14 +525,14 @@ func (s *Store) wipe(kind byte) error {
 	}
 }
 
-func setPairs(txn *badger.Txn, payload []byte) error {
+func eachPair(payload []byte, yield func(key, value []byte) error) error {
 	for r := (reader{b: payload}); len(r.b) > 0; {
 		key := r.bytes(r.uvarint())
 		value := r.bytes(r.uvarint())
 		if r.bad || len(key) < 2 || bytes.IndexByte(snapshotRanges, key[0]) < 0 {
 			return errors.New("malformed pair")
 		}
-		if err := txn.Set(key, value); err != nil {
+		if err := yield(key, value); err != nil {
 			return err
 		}
 	}
@@ -516,7 +587,11 @@ func (s *Store) resumeRestore() error {
 	if err := s.raftLog.load(); err != nil {
 		return err
 	}
-	if err := s.replace(f, state); err != nil {
+	err = s.replace(f, state, s.checkSpace)
+	if errors.Is(err, ErrNoSpace) {
+		return err
+	}
+	if err != nil {
 		return &DamagedError{Dir: s.opt.Dir, Reason: "a snapshot was only partly restored", Err: err}
 	}
 	s.dropIncoming()

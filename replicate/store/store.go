@@ -56,6 +56,13 @@ type Options struct {
 	OnFatal func(error)
 
 	space func(dir string) (free, total int64, err error) // instead of statfs, in tests
+	hook  func(point string)                              // told what a restore has done, in tests
+}
+
+func (s *Store) reached(point string) {
+	if s.opt.hook != nil {
+		s.opt.hook(point)
+	}
 }
 
 // Store is one open database.
