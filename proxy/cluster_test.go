@@ -326,7 +326,12 @@ func (s *sidecar) acceptPeers() {
 		}
 		go func() {
 			var from [1]byte
-			if _, err := io.ReadFull(conn, from[:]); err == nil {
+			if _, err := io.ReadFull(conn, from[:]); err != nil {
+				return
+			}
+			if s.peers.gate == nil {
+				s.ServePeer(conn, string(from[:]))
+			} else {
 				s.ServePeer(gated{conn, s.peers.gate}, string(from[:]))
 			}
 		}()

@@ -29,6 +29,7 @@ const (
 	linkSilentTicks = 10        // before the connection is given up
 	peerWriteAt     = 256 << 10 // bytes gathered for one write between sidecars
 	peerKeepOut     = 1 << 20   // bytes of the buffer for them that is kept
+	maxPeerResponse = 256 << 20 // bytes of a response; instead of a larger one there is an error
 )
 
 var (
@@ -40,7 +41,7 @@ var (
 type forwarder struct {
 	proxy   *Proxy
 	process [16]byte      // this run of the process
-	number  atomic.Uint64 // connections so far
+	number  atomic.Uint64 // links so far
 	now     atomic.Pointer[toward]
 
 	mu   sync.Mutex // guards what now is set to
@@ -51,6 +52,7 @@ type forwarder struct {
 type toward struct {
 	term uint64
 	node string // "": nobody, or ourselves
+	turn uint64 // how often this has changed; whoever was active before may be so again
 	link *link
 }
 
@@ -103,6 +105,7 @@ func (f *forwarder) turn(to toward) {
 	}
 	f.stop()
 	f.stop = func() {}
+	to.turn = old.turn + 1
 	f.now.Store(&to)
 	if to.node != "" {
 		var ctx context.Context
@@ -121,7 +124,7 @@ func (f *forwarder) turn(to toward) {
 func (f *forwarder) setLink(to toward, from, l *link) bool {
 	f.mu.Lock()
 	now := f.now.Load()
-	ok := now.term == to.term && now.node == to.node && now.link == from
+	ok := now.turn == to.turn && now.link == from
 	if ok {
 		to.link = l
 		f.now.Store(&to)
@@ -170,6 +173,7 @@ func (f *forwarder) keepLink(ctx context.Context, to toward) {
 type link struct {
 	forwarder *forwarder
 	to        toward
+	number    uint64 // of all links of this process
 	conn      net.Conn
 	paused    atomic.Bool   // nothing new is sent for a moment
 	heard     atomic.Bool   // since the last tick
@@ -214,7 +218,7 @@ type outgoing struct {
 func newLink(f *forwarder, to toward, conn net.Conn) *link {
 	to.link = nil
 	return &link{
-		forwarder: f, to: to, conn: conn,
+		forwarder: f, to: to, number: f.number.Add(1), conn: conn,
 		wake:    make(chan struct{}, 1),
 		done:    make(chan struct{}),
 		streams: map[uint32]*stream{},
@@ -314,7 +318,7 @@ func (l *link) wakeWriter() {
 // write writes what is queued, as much as has come in one go.
 func (l *link) write() {
 	defer l.forwarder.proxy.running.Done()
-	out := wire.AppendPeer(nil, &wire.PeerMessage{Kind: wire.PeerBegin, Process: l.forwarder.process, Number: l.forwarder.number.Add(1)})
+	out := wire.AppendPeer(nil, &wire.PeerMessage{Kind: wire.PeerBegin, Process: l.forwarder.process, Number: l.number})
 	var batch []outgoing
 	for {
 		l.mu.Lock()
@@ -404,8 +408,7 @@ func (l *link) watch() {
 
 // read takes the answers.
 func (l *link) read() error {
-	p := l.forwarder.proxy
-	in := newPeerReader(l.conn, int(p.config.MaxFrame)+wire.PeerOverhead)
+	in := newPeerReader(l.conn, maxPeerResponse+wire.PeerOverhead)
 	for {
 		message, err := in.next()
 		if err != nil {

@@ -1,6 +1,7 @@
 package proxy_test
 
 import (
+	"context"
 	"fmt"
 	"math/rand/v2"
 	"net"
@@ -9,13 +10,16 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
 	"github.com/offset-sidecar/offset-sidecar/proxy"
 	"github.com/offset-sidecar/offset-sidecar/proxy/wire"
 	"github.com/offset-sidecar/offset-sidecar/tracing"
+	"github.com/offset-sidecar/offset-sidecar/upstream"
 	"github.com/twmb/franz-go/pkg/kerr"
+	"github.com/twmb/franz-go/pkg/kfake"
 	"github.com/twmb/franz-go/pkg/kmsg"
 )
 
@@ -305,6 +309,108 @@ func TestHeldRequestsOfAGoneClientAreNeverForwarded(t *testing.T) {
 	other.committedAs(1, 0)
 	if n := b.metrics.Value(tracing.PeerRequests); n != 1 || len(c.committed(0)) != 0 {
 		t.Fatalf("%d requests were forwarded, %v executed", n, c.committed(0))
+	}
+}
+
+// Frames larger than any buffer, both ways.
+func TestLargeFramesAreForwarded(t *testing.T) {
+	c := startCluster(t, 2)
+	a, b := c.all[0], c.all[1]
+	c.lead(b)
+	cl := a.client()
+	commit, fetch := commitOf(0, 1), fetchOf(0)
+	text := strings.Repeat("x", 4096)
+	for i := range int32(100) {
+		p := kmsg.NewOffsetCommitRequestTopicPartition()
+		p.Partition, p.Offset, p.Metadata = i, int64(i), &text
+		commit.Topics[0].Partitions = append(commit.Topics[0].Partitions, p)
+		fetch.Topics[0].Partitions = append(fetch.Topics[0].Partitions, i)
+	}
+	for range 3 {
+		for _, p := range cl.call(commit).(*kmsg.OffsetCommitResponse).Topics[0].Partitions {
+			if p.ErrorCode != 0 {
+				t.Fatalf("%+v", p)
+			}
+		}
+		got := cl.call(fetch).(*kmsg.OffsetFetchResponse).Topics[0].Partitions
+		if len(got) != 101 || got[100].Offset != 99 || *got[100].Metadata != text {
+			t.Fatalf("%d partitions, %+v", len(got), got[len(got)-1])
+		}
+	}
+}
+
+// A broker's listener shows its own groups also when the list comes from a peer.
+func TestForwardedListGroupsShowsEachGroupOnItsNode(t *testing.T) {
+	c := startCluster(t, 2)
+	a, b := c.all[0], c.all[1]
+	a.brokers.set(upstream.Broker{ID: 1, Host: "127.0.0.1", Port: 1}, upstream.Broker{ID: 2, Host: "127.0.0.1", Port: 1})
+	c.lead(b)
+	cl := a.client()
+	for i := range 20 {
+		req := commitOf(0, 1)
+		req.Group = fmt.Sprint("group ", i)
+		cl.call(req)
+	}
+	total := 0
+	for node, addr := range a.Addrs() {
+		n := len(dial(t, addr).call(versioned(kmsg.NewPtrListGroupsRequest(), 4)).(*kmsg.ListGroupsResponse).Groups)
+		if total += n; n == 0 {
+			t.Errorf("node %d has none of 20 groups", node)
+		}
+	}
+	if n := len(cl.call(versioned(kmsg.NewPtrListGroupsRequest(), 4)).(*kmsg.ListGroupsResponse).Groups); total != 20 || n != 20 {
+		t.Errorf("%d and %d of 20 groups", total, n)
+	}
+}
+
+// wall is a peer that can be reached, takes everything, and answers nothing but signs of life, if any.
+type wall struct {
+	alive bool
+	dials atomic.Int32
+}
+
+func (w *wall) Active() (uint64, string, <-chan struct{}) { return 1, "wall", nil }
+
+func (w *wall) Dial(context.Context, string) (net.Conn, error) {
+	if w.dials.Add(1) > 1 {
+		return nil, errNotLeader
+	}
+	near, far := net.Pipe()
+	go func() {
+		defer far.Close()
+		for {
+			message, err := readFrame(far)
+			if err != nil {
+				return
+			}
+			if m, _ := wire.ParsePeer(message); m.Kind == wire.PeerPing && w.alive {
+				_, _ = far.Write(wire.AppendPeer(nil, &wire.PeerMessage{Kind: wire.PeerPong}))
+			}
+		}
+	}()
+	return near, nil
+}
+
+// A join waits for its group at the active sidecar as long as that shows signs of life; if it shows none, and nobody takes
+// its place, the join is answered when a rebalance has had its time.
+func TestJoinAtASilentPeerIsAnsweredInTime(t *testing.T) {
+	for _, alive := range []bool{true, false} {
+		inBubble(t, func(t *testing.T, network *kfake.VirtualNetwork, c proxy.Config) {
+			w := &wall{alive: alive}
+			s := start(t, c, func(s *side) { s.peers, s.echo = w, newEcho(false) })
+			cl := dialIn(t, network, c.Listen)
+			begin := time.Now()
+			cl.send(1, joinOf(""))
+			if alive {
+				time.Sleep(time.Hour)
+				if w.dials.Load() != 1 || s.metrics.Value(tracing.RequestsInFlight) != 1 {
+					t.Fatal("the join is not parked any more")
+				}
+			} else if id, _ := cl.receive(); id != 1 || time.Since(begin) < 70*time.Second || time.Since(begin) > 75*time.Second {
+				t.Fatalf("correlation id %d after %v", id, time.Since(begin))
+			}
+			s.stop()
+		})
 	}
 }
 

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"runtime/debug"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -23,7 +24,8 @@ import (
 const (
 	peerBuffer       = 128 << 10        // read from a peer at once; larger messages get memory of their own
 	peerWriteTimeout = 30 * time.Second // for a peer to take what it is sent
-	maxPeerStreams   = 1 << 16          // on one connection
+	maxPeerMessage   = 64 << 20         // from a peer; a frame over the limit for group requests is refused alone
+	maxPeerStreams   = 1 << 18          // on one connection; each is a client's
 	maxPeerRequests  = 1 << 18          // of one connection that are not answered
 	maxPeerBytes     = 256 << 20        // of their frames
 	maxPeerNodes     = 4096             // whose newest connection is remembered
@@ -98,7 +100,7 @@ type peerAnswer struct {
 func (p *Proxy) ServePeer(conn net.Conn, from string) {
 	c := &peerConn{
 		proxy: p, conn: conn, from: from,
-		in:       newPeerReader(conn, int(p.config.MaxGroupFrame)+wire.PeerOverhead),
+		in:       newPeerReader(conn, maxPeerMessage),
 		streams:  map[uint32]*peerStream{},
 		sessions: map[core.Session]*peerStream{},
 		wake:     make(chan struct{}, 1),
@@ -116,13 +118,27 @@ func (p *Proxy) ServePeer(conn net.Conn, from string) {
 	p.running.Add(1)
 	go c.write()
 	defer close(c.done)
-	err := c.read()
+	defer c.closeAfterPanic()
+	c.report(c.read())
+}
+
+// closeAfterPanic is deferred by both goroutines. A panic closes this connection and nothing else.
+func (c *peerConn) closeAfterPanic() {
+	if broken := recover(); broken != nil {
+		c.proxy.logger.Error("a peer's connection closed after a panic", "peer", c.from, "panic", broken, "stack", string(debug.Stack()))
+		_ = c.conn.Close()
+	}
+}
+
+// report names what has ended the connection.
+func (c *peerConn) report(err error) {
+	p := c.proxy
 	switch {
 	case errors.Is(err, errPeerMistake) || errors.Is(err, wire.ErrShort) || errors.Is(err, wire.ErrMalformed):
 		p.metrics.Add(tracing.ForwardMistakes, 1)
-		p.complainOf("peer "+from, mistakeLines, fmt.Sprintf("peer %s at %s: %v; its connection is closed", from, conn.RemoteAddr(), err))
+		p.complainOf("peer "+c.from, mistakeLines, fmt.Sprintf("peer %s at %s: %v; its connection is closed", c.from, c.conn.RemoteAddr(), err))
 	case p.ctx.Err() == nil:
-		p.logger.Debug("a peer's connection ended", "peer", from, "err", err)
+		p.logger.Debug("a peer's connection ended", "peer", c.from, "err", err)
 	}
 }
 
@@ -294,7 +310,7 @@ func (c *peerConn) request(m *wire.PeerMessage) error {
 		return nil
 	}
 	frame := c.in.keep(m.Frame)
-	h, req, err := decodeForwarded(frame)
+	h, req, err := p.decodeForwarded(frame)
 	if err != nil {
 		st.over = wire.PeerStreamEnd
 		a.code, a.err, a.text = wire.PeerRefused, kerr.UnknownServerError.Code, err.Error()
@@ -327,15 +343,24 @@ func (c *peerConn) request(m *wire.PeerMessage) error {
 }
 
 // decodeForwarded reads a client's frame as the sidecar did that has forwarded it.
-func decodeForwarded(frame []byte) (wire.RequestHeader, kmsg.Request, error) {
-	h, err := wire.ParseRequestHeader(frame)
+func (p *Proxy) decodeForwarded(frame []byte) (h wire.RequestHeader, req kmsg.Request, err error) {
+	defer func() { // else it would be sent again, and end the next connection, too
+		if broken := recover(); broken != nil {
+			p.logger.Error("a forwarded request was not read", "api", kmsg.NameForKey(h.APIKey), "panic", broken, "stack", string(debug.Stack()))
+			err = fmt.Errorf("%s version %d: %v", kmsg.NameForKey(h.APIKey), h.APIVersion, broken)
+		}
+	}()
+	if len(frame) > int(p.config.MaxGroupFrame) {
+		return h, nil, fmt.Errorf("a request of %d bytes, more than the %d that group requests may have", len(frame), p.config.MaxGroupFrame)
+	}
+	h, err = wire.ParseRequestHeader(frame)
 	if err != nil {
 		return h, nil, fmt.Errorf("a request header that nobody can read: %w", err)
 	}
 	if routeOf(h.APIKey).action != coordinate || !served(h.APIKey, h.APIVersion) {
 		return h, nil, fmt.Errorf("%s version %d is not for the coordinator", kmsg.NameForKey(h.APIKey), h.APIVersion)
 	}
-	req, err := wire.DecodeRequest(h, frame)
+	req, err = wire.DecodeRequest(h, frame)
 	return h, req, err
 }
 
@@ -354,6 +379,7 @@ func (c *peerConn) answer(a peerAnswer) {
 func (c *peerConn) write() {
 	defer c.proxy.running.Done()
 	defer func() { _ = c.conn.Close() }()
+	defer c.closeAfterPanic()
 	var batch []peerAnswer
 	var out []byte
 	for {
@@ -408,10 +434,14 @@ func (c *peerConn) append(out []byte, a *peerAnswer) []byte {
 	m := wire.PeerMessage{Kind: wire.PeerResponse, Stream: a.stream.id, Ordinal: a.ordinal, Code: a.code, Error: a.err}
 	m.Term = c.proxy.coordinator.Status().Term
 	out, start := wire.BeginPeer(out, &m)
-	if a.response != nil {
-		out = wire.AppendResponseFrame(out, a.correlation, a.response)
-	} else {
-		out = append(out, a.text...)
+	if a.response == nil {
+		return wire.EndPeer(append(out, a.text...), start)
+	}
+	out = wire.AppendResponseFrame(out, a.correlation, a.response)
+	if size := len(out) - start; size > maxPeerResponse {
+		m.Code, m.Error = wire.PeerRefused, kerr.UnknownServerError.Code
+		m.Frame = fmt.Appendf(nil, "the response has %d bytes, more than %d", size, maxPeerResponse)
+		return wire.AppendPeer(out[:start], &m)
 	}
 	return wire.EndPeer(out, start)
 }
