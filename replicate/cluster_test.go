@@ -147,7 +147,7 @@ func (s *sidecar) set(term uint64) {
 	s.mu.Lock()
 	s.term = term
 	s.mu.Unlock()
-	if s.n.member != nil {
+	if s.n.membership != nil {
 		s.n.Announce(term != 0, term)
 	}
 }

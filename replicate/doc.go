@@ -33,7 +33,7 @@
 //
 //	gossip.go     who is there, and where (serf)
 //	peer.go       one port for raft, forwarded requests and status; hello.go and secure.go keep strangers out
-//	member.go     what this node is: a voter or standby with a replica (replica.go), or a forwarder without
+//	membership.go what this node is: a voter or standby with a replica (replica.go), or a forwarder without
 //	birth.go      who founds the cluster
 //	roles.go      the leader's choice of voters and standbys (raft-autopilot)
 //	transport.go  round raft's own: match index of each replica, fences, elections by closed connection

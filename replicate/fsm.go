@@ -16,6 +16,8 @@ type fsm struct {
 	store *store.Store
 	send  func(Event) bool // false: the node is ending
 	fatal func(error)
+	// stored says whether every replica in sync has stored our log up to an index; nil: nobody asks for that.
+	stored func(index uint64) bool
 	// configured is told of each configuration applied; nil if nobody wants to know.
 	configured func(index uint64, c raft.Configuration)
 
@@ -93,7 +95,7 @@ func (f *fsm) command(l *raft.Log) error {
 	if f.counts(&e, l.Term) {
 		f.term, f.next = e.Term, e.Sequence+1
 		event.Kind, event.Records = Applied, e.Records
-		event.Stored = true // one voter: whatever is committed is stored wherever it must be
+		event.Stored = f.stored == nil || f.stored(l.Index)
 	}
 	if err := f.store.Append(l.Index, l.Term, f.term, f.next, event.Records); err != nil {
 		return fmt.Errorf("applying raft entry %d: %w", l.Index, err)

@@ -128,6 +128,13 @@ func (s *insync) stored() (term, index uint64) {
 	return s.term, s.lowest()
 }
 
+// has says whether every in-sync replica has stored our log up to index.
+func (s *insync) has(index uint64) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.lowest() >= index
+}
+
 func (s *insync) lowest() uint64 {
 	low := s.last
 	for _, r := range s.replicas {

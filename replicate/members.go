@@ -46,47 +46,47 @@ type NodeStatus struct {
 // Active gives who is active as far as is known, perhaps this node itself, and in which term; node is "" when nobody is
 // known. changed is closed at the next change. Alone, nobody ever is.
 func (n *Node) Active() (term uint64, node string, changed <-chan struct{}) {
-	if n.member == nil {
+	if n.membership == nil {
 		return 0, "", nil
 	}
-	return n.member.status.active()
+	return n.membership.status.active()
 }
 
 // Announce tells the other sidecars that this one's coordinator answers in term, or no longer does.
 func (n *Node) Announce(active bool, term uint64) {
-	if n.member != nil {
-		n.member.status.publish(active, term)
+	if n.membership != nil {
+		n.membership.status.publish(active, term)
 	}
 }
 
 // Dial connects to another sidecar for forwarded requests.
 func (n *Node) Dial(ctx context.Context, node string) (net.Conn, error) {
-	if n.member == nil {
+	if n.membership == nil {
 		return nil, errUnknownNode
 	}
-	conn, _, err := n.member.port.dial(ctx, node, peerForward)
+	conn, _, err := n.membership.port.dial(ctx, node, peerForward)
 	return conn, err
 }
 
 // GossipAddr is where others find this node, "" without peers.
 func (n *Node) GossipAddr() string {
-	if n.member == nil {
+	if n.membership == nil {
 		return ""
 	}
-	return n.member.gossip.addr()
+	return n.membership.gossip.addr()
 }
 
 // PeerAddr is what others are told of the peer port, "" without peers.
 func (n *Node) PeerAddr() string {
-	if n.member == nil {
+	if n.membership == nil {
 		return ""
 	}
-	return n.member.peerAddr()
+	return n.membership.peerAddr()
 }
 
 // Status says what this node is.
 func (n *Node) Status() NodeStatus {
-	m := n.member
+	m := n.membership
 	if m == nil {
 		s := NodeStatus{Role: RoleVoter}
 		if r := n.running.Load(); r != nil {
@@ -112,7 +112,7 @@ func (n *Node) Status() NodeStatus {
 
 // Members gives the sidecars of the cluster, by id: those that gossip knows and those of raft's configuration.
 func (n *Node) Members() []MemberInfo {
-	m := n.member
+	m := n.membership
 	if m == nil {
 		s := n.Status()
 		return []MemberInfo{{ID: n.ID(), State: gossipAlive.String(), Role: s.Role, Active: s.Active != "", Tracked: true, InSync: true}}

@@ -49,8 +49,8 @@ type Node struct {
 	events  chan Event
 	entries chan Entry
 
-	running atomic.Pointer[replica] // nil on a forwarder
-	member  *member                 // nil: alone
+	running    atomic.Pointer[replica] // nil on a forwarder
+	membership *membership             // nil: alone
 
 	started chan struct{} // Open is done
 	stop    chan struct{}
@@ -153,7 +153,7 @@ func (n *Node) Fence(term uint64, done func(error)) {
 		done(ErrNotLeader)
 		return
 	}
-	r.fence(term, done)
+	r.transport.fences.fence(term, done)
 }
 
 // Resign ends this replica's leadership of term and forces a new term: the activation of the old one has failed.
@@ -207,14 +207,14 @@ func (n *Node) end(cause error) (err error) {
 	n.ending.Do(func() {
 		close(n.stop)
 		n.store.Release()
-		if n.member != nil {
-			n.member.retire()
+		if n.membership != nil {
+			n.membership.retire()
 		}
 		if r := n.running.Load(); r != nil {
 			err = r.shut()
 		}
-		if n.member != nil {
-			err = errors.Join(err, n.member.close())
+		if n.membership != nil {
+			err = errors.Join(err, n.membership.close())
 		}
 		err = errors.Join(err, n.store.Close())
 		n.err = cause

@@ -34,6 +34,7 @@ type replica struct {
 	retry     time.Duration
 	send      func(Event) bool // to the node's events; false: the node is ending
 	entries   <-chan Entry
+	leads     func(term uint64) // told of a term in which we are active, and of its end, as 0; nil: nobody wants to know
 
 	inFlight chan pending
 	slots    chan struct{} // one for each entry in flight
@@ -46,9 +47,9 @@ type replica struct {
 	workers sync.WaitGroup
 }
 
-// startReplica brings raft up over what the store holds, through the transport given. configured, which may be nil, is
-// told of the configuration at the start and of each that is applied.
-func (n *Node) startReplica(inner raft.Transport, configured func(index uint64, c raft.Configuration)) (*replica, error) {
+// startReplica brings raft up over what the store holds, through the transport given. m, which may be nil, is
+// told of its configuration and leadership.
+func (n *Node) startReplica(inner raft.Transport, m *membership) (*replica, error) {
 	r := &replica{
 		log: n.log, store: n.store, id: n.id, retry: n.config.RaftTimeout, send: n.send, entries: n.entries,
 		inFlight: make(chan pending, EntriesInFlight),
@@ -56,19 +57,29 @@ func (n *Node) startReplica(inner raft.Transport, configured func(index uint64, 
 		wake:     make(chan struct{}, 1),
 		stop:     make(chan struct{}),
 	}
-	r.fsm = &fsm{store: n.store, send: n.send, fatal: func(err error) { go n.fatal(err) }, configured: configured}
+	r.fsm = &fsm{store: n.store, send: n.send, fatal: func(err error) { go n.fatal(err) }}
+	if m != nil {
+		r.fsm.configured, r.leads = m.configured, m.leads
+	}
 	r.fsm.resume()
 	r.fsm.tellConfiguration()
 	if !n.send(Event{Kind: Reset}) {
 		return nil, errEnding
 	}
 	r.transport = newTransport(inner)
+	r.transport.insync.logger = n.log
+	if n.config.Acks == AcksAll {
+		r.fsm.stored = r.transport.insync.has
+	}
+	log := r.transport.watch(n.store.RaftLog())
 	var err error
-	r.raft, err = raft.NewRaft(raftConfig(n.config, n.id), r.fsm, n.store.RaftLog(), n.store.Stable(), n.store.Snapshots(), r.transport)
+	r.raft, err = raft.NewRaft(raftConfig(n.config, n.id), r.fsm, log, n.store.Stable(), n.store.Snapshots(), r.transport)
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("starting raft: %w", err), r.transport.Close())
 	}
+	r.transport.attach(r.raft)
 	r.workers.Go(r.lead)
+	r.workers.Go(r.acknowledge)
 	r.workers.Go(r.append)
 	r.workers.Go(r.settle)
 	r.workers.Go(r.trim)
@@ -118,19 +129,7 @@ func (r *replica) lone() bool {
 }
 
 // leadership gives the term, and whether we led in it at one moment between the two reads of it.
-func (r *replica) leadership() (term uint64, leading bool) {
-	term = r.raft.CurrentTerm()
-	return term, r.raft.State() == raft.Leader && r.raft.CurrentTerm() == term
-}
-
-// fence is Node.Fence.
-func (r *replica) fence(term uint64, done func(error)) {
-	if now, leading := r.leadership(); !leading || now != term {
-		done(ErrNotLeader)
-		return
-	}
-	done(nil)
-}
+func (r *replica) leadership() (term uint64, leading bool) { return r.transport.leadership() }
 
 // resign is Node.Resign.
 func (r *replica) resign(term uint64) {
@@ -139,6 +138,21 @@ func (r *replica) resign(term uint64) {
 	select {
 	case r.wake <- struct{}{}:
 	default:
+	}
+}
+
+// acknowledge tells how far the in-sync replicas have come.
+func (r *replica) acknowledge() {
+	for {
+		select {
+		case <-r.transport.insync.advanced:
+			term, index := r.transport.insync.stored()
+			if !r.send(Event{Kind: Stored, Term: term, Index: index}) {
+				return
+			}
+		case <-r.stop:
+			return
+		}
 	}
 }
 
@@ -153,16 +167,34 @@ func (r *replica) lead() {
 		case <-r.wake:
 			if term, leading := r.leadership(); leading && term == r.resigned.Load() && term != gaveUp {
 				gaveUp = term
-				r.log.Debug("forcing a new term", "term", term)
-				r.transport.campaign(r.id)
+				go r.giveUp(term) // a transfer takes as long as it takes, and with a disk that hangs for ever
 			}
 		case <-again.C: // a barrier that failed while we went on leading
 		case <-r.stop:
+			if active != 0 {
+				r.over(active)
+				r.send(Event{Kind: Inactive, Term: active})
+			}
 			return
 		}
 		if active = r.follow(active); active == ended {
 			return
 		}
+	}
+}
+
+// giveUp hands leadership to another voter, or, when there is none that takes it, forces a new term of our own.
+func (r *replica) giveUp(term uint64) {
+	if !r.lone() {
+		err := r.raft.LeadershipTransfer().Error()
+		if err == nil {
+			return
+		}
+		r.log.Debug("handing leadership over", "term", term, "err", err)
+	}
+	if now, leading := r.leadership(); leading && now == term {
+		r.log.Debug("forcing a new term", "term", term)
+		r.transport.campaign(r.id)
 	}
 }
 
@@ -174,6 +206,7 @@ func (r *replica) follow(active uint64) uint64 {
 	for {
 		term, leading := r.leadership()
 		if active != 0 && (!leading || term != active) {
+			r.over(active)
 			if !r.send(Event{Kind: Inactive, Term: active}) {
 				return ended
 			}
@@ -182,6 +215,7 @@ func (r *replica) follow(active uint64) uint64 {
 		if !leading || term == active {
 			return active
 		}
+		r.transport.insync.begin(term)
 		// The barrier passes through the fsm: when it returns, every entry before has been handed on.
 		if err := r.raft.Barrier(0).Error(); err != nil {
 			r.log.Debug("barrier failed", "term", term, "err", err)
@@ -200,6 +234,18 @@ func (r *replica) follow(active uint64) uint64 {
 			return ended
 		}
 		active = term
+		if r.leads != nil {
+			r.leads(term)
+		}
+	}
+}
+
+// over ends what hangs on our leadership in a term.
+func (r *replica) over(term uint64) {
+	r.transport.fences.over(term)
+	r.transport.insync.end(term)
+	if r.leads != nil {
+		r.leads(0)
 	}
 }
 

@@ -27,21 +27,26 @@ const (
 	raftPool = 3
 )
 
-// member is a node's way to the others: how it finds them, and what it is in raft's configuration.
+// membership is a node's way to the others: how it finds them, and what it is in raft's configuration.
 //
 // A node without state is a forwarder until the leader speaks raft to it; one that has been taken out of the
 // configuration becomes a forwarder again, and keeps what it has for the case that it is needed once more.
-type member struct {
+type membership struct {
 	node   *Node
 	config ClusterConfig
 	port   *peerPort
 	status *status
 	gossip *gossip
+	birth  *birth
 
-	ctx     context.Context
-	cancel  context.CancelFunc
-	workers sync.WaitGroup
-	retag   chan struct{} // the tags have changed
+	ctx    context.Context
+	cancel context.CancelFunc
+	// searching ends when this node has become a member, or is closed.
+	searching context.Context
+	born      context.CancelFunc
+	workers   sync.WaitGroup
+	retag     chan struct{} // the tags have changed
+	opened    chan struct{} // closed when all above is there: peers may be early
 
 	raftMu sync.Mutex // held while a replica is started or ended
 	stream *raftStream
@@ -56,9 +61,11 @@ type member struct {
 
 // openMember opens the peer port and looks for the others.
 func (n *Node) openMember(c ClusterConfig) error {
-	m := &member{node: n, config: c, retag: make(chan struct{}, 1)}
+	m := &membership{node: n, config: c, retag: make(chan struct{}, 1), opened: make(chan struct{})}
 	m.ctx, m.cancel = context.WithCancel(context.Background())
-	n.member = m
+	m.searching, m.born = context.WithCancel(m.ctx)
+	n.membership = m
+	defer close(m.opened)
 	fresh, err := n.store.Fresh()
 	if err != nil {
 		return err
@@ -79,21 +86,40 @@ func (n *Node) openMember(c ClusterConfig) error {
 	if err != nil {
 		return fmt.Errorf("--gossip %s: %w", c.Gossip, err)
 	}
+	m.birth = &birth{
+		node: string(n.id), join: len(c.Join) > 0, expect: c.BootstrapExpect, arbiter: c.Arbiter, existed: m.clusterID != (uuid.UUID{}),
+		members: m.gossip.members, changed: m.gossip.changed, ask: m.status.ask, found: m.found, waiting: m.wait,
+		log: n.log, timing: defaultBirthTiming,
+	}
 	m.workers.Go(m.followGossip)
 	m.workers.Go(m.followConfiguration)
 	m.workers.Go(m.keepTags)
-	m.workers.Go(m.tmpRoles)
 	switch {
 	case !fresh && !removed:
 		err = m.enlist()
 	case fresh:
-		err = m.openBirth()
+		err = m.beBorn()
 	}
 	return err
 }
 
+// beBorn looks for a cluster, or founds one. A node that is alone has done so when it returns.
+func (m *membership) beBorn() error {
+	c := m.config
+	alone := len(c.Join) == 0 && c.BootstrapExpect <= 1 && c.Arbiter == nil && m.identity().clusterID == [16]byte{}
+	if alone {
+		return m.found()
+	}
+	m.workers.Go(func() {
+		if err := m.birth.run(m.searching); err != nil {
+			m.node.log.Error("founding a cluster", "err", err)
+		}
+	})
+	return nil
+}
+
 // load reads what an earlier process has noted.
-func (m *member) load(fresh bool) (removed bool, err error) {
+func (m *membership) load(fresh bool) (removed bool, err error) {
 	local := m.node.store.Local()
 	id, err := local.Get(clusterIDKey)
 	if err != nil {
@@ -121,21 +147,18 @@ func (m *member) load(fresh bool) (removed bool, err error) {
 	return mark != nil, err
 }
 
-func (m *member) identity() peerIdentity {
+func (m *membership) identity() peerIdentity {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	return peerIdentity{cluster: m.config.Name, clusterID: m.clusterID, node: string(m.node.id)}
 }
 
-func (m *member) resolve(node string) (string, bool) {
-	if m.gossip == nil { // not open yet
-		return "", false
-	}
+func (m *membership) resolve(node string) (string, bool) {
 	return m.gossip.resolve(node)
 }
 
 // peerAddr is what peers are told of the peer port.
-func (m *member) peerAddr() string {
+func (m *membership) peerAddr() string {
 	host, port, _ := net.SplitHostPort(m.port.addr().String())
 	if m.config.Advertise != "" {
 		host = m.config.Advertise
@@ -145,7 +168,7 @@ func (m *member) peerAddr() string {
 
 // adopt takes over the id of the cluster that has found us. Our own, once known, never changes: peers of another are
 // refused by their hello.
-func (m *member) adopt(id uuid.UUID) error {
+func (m *membership) adopt(id uuid.UUID) error {
 	m.mu.Lock()
 	known := m.clusterID != uuid.UUID{}
 	m.mu.Unlock()
@@ -163,7 +186,7 @@ func (m *member) adopt(id uuid.UUID) error {
 }
 
 // found makes this node's empty store a cluster of one, with an id of its own.
-func (m *member) found() error {
+func (m *membership) found() error {
 	if err := m.adopt(uuid.New()); err != nil {
 		return err
 	}
@@ -174,13 +197,13 @@ func (m *member) found() error {
 }
 
 // enlist starts the replica if there is none.
-func (m *member) enlist() error {
+func (m *membership) enlist() error {
 	_, err := m.enlisted()
 	return err
 }
 
 // enlisted gives the way in of the running replica, which it starts if there is none.
-func (m *member) enlisted() (*raftStream, error) {
+func (m *membership) enlisted() (*raftStream, error) {
 	m.raftMu.Lock()
 	defer m.raftMu.Unlock()
 	n := m.node
@@ -197,12 +220,14 @@ func (m *member) enlisted() (*raftStream, error) {
 	inner := raft.NewNetworkTransportWithConfig(&raft.NetworkTransportConfig{
 		Stream: stream, MaxPool: raftPool, Timeout: rpcTimeout, Logger: &raftLogger{log: n.log}, MsgpackUseNewTimeFormat: true,
 	})
-	r, err := n.startReplica(inner, m.configured)
+	r, err := n.startReplica(inner, m)
 	if err != nil {
 		return nil, err
 	}
 	m.stream = stream
 	n.running.Store(r)
+	m.born()
+	m.wait("")
 	m.tell()
 	if r.lone() {
 		go r.transport.campaign(n.id)
@@ -210,12 +235,26 @@ func (m *member) enlisted() (*raftStream, error) {
 	return stream, nil
 }
 
+// wait notes what keeps this node from being a member.
+func (m *membership) wait(why string) {
+	m.mu.Lock()
+	m.waiting = why
+	m.mu.Unlock()
+}
+
+// leads is told when this node's replica is active in a term, and when it is no longer, as 0.
+func (m *membership) leads(term uint64) {
+	if term != 0 {
+		m.push(term)
+	}
+}
+
 // ended is told of an incoming raft connection that the other side has closed.
-func (m *member) ended(from string) {}
+func (m *membership) ended(from string) {}
 
 // dismiss ends the replica: the others have taken this node out of the configuration. A voter that did not know would
 // call elections for ever (hashicorp/raft#524).
-func (m *member) dismiss(r *replica) {
+func (m *membership) dismiss(r *replica) {
 	m.raftMu.Lock()
 	defer m.raftMu.Unlock()
 	n := m.node
@@ -236,7 +275,8 @@ func (m *member) dismiss(r *replica) {
 }
 
 // acceptRaft takes a raft connection. It comes from a leader that counts us in, or from a candidate.
-func (m *member) acceptRaft(conn net.Conn, from peerIdentity) {
+func (m *membership) acceptRaft(conn net.Conn, from peerIdentity) {
+	<-m.opened
 	err := m.adopt(from.clusterID)
 	var stream *raftStream
 	if err == nil {
@@ -253,7 +293,7 @@ func (m *member) acceptRaft(conn net.Conn, from peerIdentity) {
 }
 
 // acceptForward takes a connection with requests of another sidecar's clients.
-func (m *member) acceptForward(conn net.Conn, from peerIdentity) {
+func (m *membership) acceptForward(conn net.Conn, from peerIdentity) {
 	if m.config.Forwarded == nil {
 		_ = conn.Close()
 		return
@@ -262,7 +302,7 @@ func (m *member) acceptForward(conn net.Conn, from peerIdentity) {
 }
 
 // configured is told of each configuration that raft has committed, on the fsm's goroutine.
-func (m *member) configured(index uint64, c raft.Configuration) {
+func (m *membership) configured(index uint64, c raft.Configuration) {
 	m.mu.Lock()
 	was := suffrage(m.configuration, m.node.id)
 	m.configuration, m.index = c, index
@@ -281,7 +321,7 @@ func (m *member) configured(index uint64, c raft.Configuration) {
 }
 
 // push tells everyone who belongs to the configuration. Who is taken out hears of it no more through raft.
-func (m *member) push(term uint64) {
+func (m *membership) push(term uint64) {
 	m.mu.Lock()
 	index, ids := m.index, make([]string, 0, len(m.configuration.Servers))
 	for _, s := range m.configuration.Servers {
@@ -292,7 +332,7 @@ func (m *member) push(term uint64) {
 }
 
 // followConfiguration ends our replica when a leader says that we are out.
-func (m *member) followConfiguration() {
+func (m *membership) followConfiguration() {
 	for {
 		_, index, ids, changed := m.status.configuration()
 		r := m.node.running.Load()
@@ -311,7 +351,7 @@ func (m *member) followConfiguration() {
 }
 
 // followGossip keeps the status streams on whoever is a voter.
-func (m *member) followGossip() {
+func (m *membership) followGossip() {
 	for {
 		changed := m.gossip.changed()
 		var voters []string
@@ -330,7 +370,7 @@ func (m *member) followGossip() {
 }
 
 // tell has the tags sent.
-func (m *member) tell() {
+func (m *membership) tell() {
 	select {
 	case m.retag <- struct{}{}:
 	default:
@@ -338,7 +378,7 @@ func (m *member) tell() {
 }
 
 // keepTags sends the tags when they have changed: serf waits until somebody has them.
-func (m *member) keepTags() {
+func (m *membership) keepTags() {
 	for {
 		select {
 		case <-m.retag:
@@ -352,7 +392,7 @@ func (m *member) keepTags() {
 }
 
 // tags are what others see of us through gossip.
-func (m *member) tags() map[string]string {
+func (m *membership) tags() map[string]string {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	tags := map[string]string{tagRole: m.roleLocked()}
@@ -366,7 +406,7 @@ func (m *member) tags() map[string]string {
 }
 
 // roleLocked is our role by the newest configuration that was committed; the caller holds mu.
-func (m *member) roleLocked() string {
+func (m *membership) roleLocked() string {
 	if m.node.running.Load() == nil {
 		return RoleForwarder
 	}
@@ -391,14 +431,14 @@ func suffrage(c raft.Configuration, id raft.ServerID) string {
 }
 
 // retire lets no replica be started any more.
-func (m *member) retire() {
+func (m *membership) retire() {
 	m.cancel()
 	m.raftMu.Lock() // whoever is starting one has done so
 	defer m.raftMu.Unlock()
 }
 
 // close ends everything but the replica, which must be at its end already.
-func (m *member) close() error {
+func (m *membership) close() error {
 	var err error
 	if m.gossip != nil {
 		err = m.gossip.close()
@@ -414,7 +454,8 @@ func (m *member) close() error {
 }
 
 // facts are what this node says of itself to one that asks.
-func (m *member) facts() facts {
+func (m *membership) facts() facts {
+	<-m.opened
 	m.mu.Lock()
 	f := facts{ClusterID: m.clusterID, Role: m.roleLocked(), Expect: m.config.BootstrapExpect, Version: m.config.Version}
 	m.mu.Unlock()
@@ -424,9 +465,11 @@ func (m *member) facts() facts {
 		f.Term, f.LastIndex = r.raft.CurrentTerm(), r.raft.LastIndex()
 		_, id := r.raft.LeaderWithID()
 		f.Leader = string(id)
+	} else if !f.HasState && m.birth != nil {
+		f.Leader = m.birth.endorsement()
 	}
 	return f
 }
 
 // track fills in what only the leader knows of its replicas.
-func (m *member) track(infos map[string]*MemberInfo) {}
+func (m *membership) track(infos map[string]*MemberInfo) {}
