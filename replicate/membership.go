@@ -94,6 +94,7 @@ func (n *Node) openMember(c ClusterConfig) error {
 	m.workers.Go(m.followGossip)
 	m.workers.Go(m.followConfiguration)
 	m.workers.Go(m.keepTags)
+	m.workers.Go(m.tmpRoles)
 	switch {
 	case !fresh && !removed:
 		err = m.enlist()
