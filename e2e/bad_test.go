@@ -105,7 +105,7 @@ func TestBrokenBytesCloseTheirOwnConnection(t *testing.T) {
 		{"a group request of an unknown version", versioned, []string{"99"}},
 		{"an unknown api key", header(10, 9999, 0), []string{"9999"}},
 		{"a produce request of an unknown version", header(10, 0, 99), []string{"Produce", "99"}},
-		{"a CreateTopics request of an unknown version", header(10, 19, 99), []string{"CreateTopics", "99"}},
+		{"a CreateTopics request of an unknown version", append(header(11, 19, 99), 0), []string{"CreateTopics", "99"}},
 		{"tags that are claimed and not there", claimed, []string{"ApiVersions"}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
