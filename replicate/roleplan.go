@@ -42,6 +42,7 @@ type roleView struct {
 	maxVoters int
 	now       time.Time
 	nodes     []roleNode // ordered by id
+	handed    int        // how often leadership could not be handed over
 	timing    roleTiming
 }
 
@@ -66,6 +67,7 @@ var defaultRoleTiming = roleTiming{
 // Limits of a configuration.
 const (
 	maxStandbys     = 2
+	maxHandovers    = 3           // attempts; raft takes no entries meanwhile
 	maxTrailingLogs = 250         // a standby this far behind may still become a voter
 	maxContact      = time.Second // 200 ms, autopilot's default, is too tight under a CPU quota
 )
@@ -167,7 +169,7 @@ func (v *roleView) plan() roleChange {
 	if !there || self.role != voter || !v.quorate(noChange, "") {
 		return roleChange{}
 	}
-	if len(v.stayers()) == 0 {
+	if v.stayers() == 0 {
 		return roleChange{} // everybody goes: what is there is kept as it is
 	}
 	rules := []func() roleChange{v.planExit, v.planStandbyGone, v.planLeaver, v.planDead, v.planGrowth, v.planShrink, v.planStandbys, v.planSpread}
@@ -182,6 +184,10 @@ func (v *roleView) plan() roleChange {
 	return roleChange{}
 }
 
+func (v *roleView) sort() {
+	slices.SortFunc(v.nodes, func(a, b roleNode) int { return cmp.Compare(a.id, b.id) })
+}
+
 func (v *roleView) find(id string) (roleNode, bool) {
 	i, found := slices.BinarySearchFunc(v.nodes, id, func(n roleNode, id string) int { return cmp.Compare(n.id, id) })
 	if !found {
@@ -190,13 +196,14 @@ func (v *roleView) find(id string) (roleNode, bool) {
 	return v.nodes[i], true
 }
 
-func (v *roleView) stayers() (found []roleNode) {
-	for _, n := range v.nodes {
-		if v.staying(n) {
-			found = append(found, n)
+// stayers counts.
+func (v *roleView) stayers() (count int) {
+	for i := range v.nodes {
+		if v.staying(v.nodes[i]) {
+			count++
 		}
 	}
-	return found
+	return count
 }
 
 // quorate says whether the voters that answer are a majority once a change is made.
@@ -223,9 +230,9 @@ func (v *roleView) quorate(kind changeKind, id string) bool {
 }
 
 // grow is how many voters there should be; keep, below how many the cluster does not shrink: the dead count there.
-func (v *roleView) grow() int { return votersFor(len(v.stayers()), v.maxVoters) }
+func (v *roleView) grow() int { return votersFor(v.stayers(), v.maxVoters) }
 func (v *roleView) keep() int {
-	return votersFor(len(v.stayers())+len(v.which(voter, v.crashed)), v.maxVoters)
+	return votersFor(v.stayers()+len(v.which(voter, v.crashed)), v.maxVoters)
 }
 
 // planExit: we ourselves want to go. Somebody else has to lead first, and to be a voter before that.
@@ -234,6 +241,9 @@ func (v *roleView) planExit() roleChange {
 		return roleChange{}
 	}
 	if heirs := v.which(voter, v.staying); len(heirs) > 0 {
+		if v.handed >= maxHandovers {
+			return roleChange{}
+		}
 		heir := slices.MaxFunc(heirs, func(a, b roleNode) int {
 			return cmp.Or(boolCompare(a.ready, b.ready), cmp.Compare(a.match, b.match), cmp.Compare(b.id, a.id))
 		})
@@ -381,6 +391,9 @@ func (v *roleView) planSpread() roleChange {
 	if len(voters) != v.grow() || len(v.which(voter, v.staying)) != len(voters) {
 		return roleChange{}
 	}
+	if !v.wider(voters) {
+		return roleChange{}
+	}
 	standbys := v.which(standby, v.staying)
 	for _, n := range v.candidates(v.timing.stable) {
 		if v.improves(voters, n) {
@@ -397,6 +410,19 @@ func (v *roleView) planSpread() roleChange {
 		}
 	}
 	return roleChange{}
+}
+
+// wider says whether the voters could be spread over more zones or machines at all.
+func (v *roleView) wider(voters []roleNode) bool {
+	now := spreadOf(voters)
+	return slices.ContainsFunc(v.nodes, func(n roleNode) bool {
+		if n.role == voter || !v.staying(n) {
+			return false
+		}
+		zone := slices.ContainsFunc(voters, func(o roleNode) bool { return o.zone == n.zone })
+		machine := zone && slices.ContainsFunc(voters, func(o roleNode) bool { return o.zone == n.zone && o.machine == n.machine })
+		return now.zones < len(voters) && !zone || now.machines < len(voters) && !machine
+	})
 }
 
 // improves says whether there is a voter, not ourselves, in whose place n would widen the spread.

@@ -403,3 +403,16 @@ func calm(t *testing.T, seed int, s *roleSim, story []string) {
 		t.Fatalf("seed %d: of %d there are %d voters and %d standbys\n%s\nafter %s\n%s", seed, staying, voters, standbys, s.roles(), strings.Join(story, ", "), s.log.String())
 	}
 }
+
+// The leader plans five times a second.
+func BenchmarkPlan(b *testing.B) {
+	s := newRoleSim(3)
+	for i := range 100 {
+		s.join(fmt.Sprintf("n%03d", i)).machine = strconv.Itoa(i)
+	}
+	s.run(time.Minute)
+	v := s.view()
+	for b.Loop() {
+		v.plan()
+	}
+}

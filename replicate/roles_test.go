@@ -1,0 +1,368 @@
+package replicate
+
+import (
+	"context"
+	"io"
+	"log/slog"
+	"maps"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/hashicorp/raft"
+)
+
+// ranks is a cluster of bare raft nodes, in memory and in a bubble of synctest, whose leaders keep the roles. Gossip is a
+// list that the test writes.
+type ranks struct {
+	t       *testing.T
+	mu      sync.Mutex
+	nodes   map[string]*rankNode
+	changed chan struct{}
+	workers sync.WaitGroup
+}
+
+type rankNode struct {
+	id        string
+	raft      *raft.Raft
+	transport *raft.InmemTransport
+	store     *raft.InmemStore
+	member    gossipMember
+	up        bool
+	cancel    context.CancelFunc
+
+	mu            sync.Mutex
+	configuration raft.Configuration
+	index         uint64
+}
+
+// Apply, Snapshot, Restore: there is no state but the configuration.
+func (n *rankNode) Apply(*raft.Log) any { return nil }
+func (n *rankNode) StoreConfiguration(index uint64, c raft.Configuration) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.index, n.configuration = index, c
+}
+func (n *rankNode) Snapshot() (raft.FSMSnapshot, error) { return n, nil }
+func (n *rankNode) Persist(s raft.SnapshotSink) error   { return s.Close() }
+func (n *rankNode) Release()                            {}
+func (n *rankNode) Restore(r io.ReadCloser) error       { return r.Close() }
+
+func (n *rankNode) configured() (uint64, raft.Configuration) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.index, n.configuration
+}
+
+func newRanks(t *testing.T) *ranks {
+	return &ranks{t: t, nodes: map[string]*rankNode{}, changed: make(chan struct{})}
+}
+
+// start runs a node; the first is a cluster of one, the others wait to be added.
+func (k *ranks) start(id string) {
+	k.t.Helper()
+	_, transport := raft.NewInmemTransportWithTimeout(raft.ServerAddress(id), 200*time.Millisecond)
+	n := &rankNode{id: id, transport: transport, store: raft.NewInmemStore(), up: true}
+	c := raft.DefaultConfig()
+	c.LocalID, c.LogOutput, c.LogLevel = raft.ServerID(id), io.Discard, "off"
+	c.HeartbeatTimeout, c.ElectionTimeout, c.LeaderLeaseTimeout = 500*time.Millisecond, 500*time.Millisecond, 250*time.Millisecond
+	snapshots := raft.NewInmemSnapshotStore()
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if len(k.nodes) == 0 {
+		one := raft.Configuration{Servers: []raft.Server{{ID: raft.ServerID(id), Address: raft.ServerAddress(id)}}}
+		if err := raft.BootstrapCluster(c, n.store, n.store, snapshots, transport, one); err != nil {
+			k.t.Fatal(err)
+		}
+	}
+	var err error
+	if n.raft, err = raft.NewRaft(c, n, n.store, n.store, snapshots, transport); err != nil {
+		k.t.Fatal(err)
+	}
+	for _, o := range k.nodes {
+		if o.up {
+			o.transport.Connect(raft.ServerAddress(id), transport)
+			transport.Connect(raft.ServerAddress(o.id), o.transport)
+		}
+	}
+	k.nodes[id] = n
+	n.member = gossipMember{ID: id, State: gossipAlive, Since: time.Now(), Tags: map[string]string{}}
+	k.tell()
+	ctx, cancel := context.WithCancel(context.Background())
+	n.cancel = cancel
+	k.workers.Go(func() { k.lead(ctx, n) })
+}
+
+// lead keeps the roles while n leads.
+func (k *ranks) lead(ctx context.Context, n *rankNode) {
+	r := newRoles(rolesConfig{
+		node: n.id, maxVoters: 3, raft: n.raft, configuration: n.configured, members: k.members,
+		changed: func() <-chan struct{} {
+			k.mu.Lock()
+			defer k.mu.Unlock()
+			return k.changed
+		},
+		progress: k.progress, log: slog.New(slog.DiscardHandler), timing: defaultRoleTiming,
+	})
+	var leading sync.WaitGroup
+	stop := func() {}
+	for {
+		select {
+		case is := <-n.raft.LeaderCh():
+			stop()
+			leading.Wait()
+			if is {
+				var term context.Context
+				term, stop = context.WithCancel(ctx)
+				leading.Go(func() { r.reconcileRoles(term) })
+			}
+		case <-ctx.Done():
+			stop()
+			leading.Wait()
+			return
+		}
+	}
+}
+
+func (k *ranks) tell() {
+	close(k.changed)
+	k.changed = make(chan struct{})
+}
+
+func (k *ranks) members() (all []gossipMember) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	for _, id := range slices.Sorted(maps.Keys(k.nodes)) {
+		all = append(all, k.nodes[id].member)
+	}
+	return all
+}
+
+// progress: whoever is up answers at once.
+func (k *ranks) progress() map[string]peerProgress {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	all := map[string]peerProgress{}
+	for id, n := range k.nodes {
+		if n.up {
+			all[id] = peerProgress{match: n.raft.LastIndex(), contact: time.Now()}
+		}
+	}
+	return all
+}
+
+func (k *ranks) gossip(id string, state gossipState) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.nodes[id].member.State, k.nodes[id].member.Since = state, time.Now()
+	k.tell()
+}
+
+// crash cuts a node off; gossip notices after a while.
+func (k *ranks) crash(id string) {
+	k.stop(id)
+	time.Sleep(5 * time.Second)
+	k.gossip(id, gossipFailed)
+}
+
+func (k *ranks) stop(id string) {
+	k.mu.Lock()
+	n := k.nodes[id]
+	n.up = false
+	n.transport.DisconnectAll()
+	for _, o := range k.nodes {
+		o.transport.Disconnect(raft.ServerAddress(id))
+	}
+	k.mu.Unlock()
+	n.cancel()
+	if err := n.raft.Shutdown().Error(); err != nil {
+		k.t.Error(err)
+	}
+}
+
+// leave is a clean exit.
+func (k *ranks) leave(id string) {
+	k.t.Helper()
+	n := k.nodes[id]
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	err := leaver{
+		node: id, members: k.members,
+		announce: func() error { k.gossip(id, gossipLeaving); return nil },
+		enlisted: func() bool { // as the others' push would tell
+			_, c := k.nodes[k.leader()].configured()
+			return slices.ContainsFunc(c.Servers, func(s raft.Server) bool { return s.ID == raft.ServerID(id) })
+		},
+	}.leave(ctx)
+	if err != nil {
+		k.t.Error(id, err)
+	}
+	if n.raft.State() == raft.Leader && k.other() != "" {
+		k.t.Errorf("%s leads on its way out", id)
+	}
+	k.stop(id)
+	k.gossip(id, gossipLeft)
+}
+
+// leader waits until there is one.
+func (k *ranks) leader() string {
+	for range 1000 {
+		for id, n := range k.nodes {
+			if n.up && n.raft.State() == raft.Leader {
+				return id
+			}
+		}
+		time.Sleep(20 * time.Millisecond)
+	}
+	k.t.Fatal("no leader")
+	return ""
+}
+
+func (k *ranks) await(within time.Duration, want string) {
+	k.t.Helper()
+	got := ""
+	for began := time.Now(); time.Since(began) <= within; time.Sleep(50 * time.Millisecond) {
+		_, c := k.nodes[k.leader()].configured()
+		roles := map[raft.ServerSuffrage][]string{}
+		for _, s := range c.Servers {
+			roles[s.Suffrage] = append(roles[s.Suffrage], string(s.ID))
+		}
+		slices.Sort(roles[raft.Voter])
+		slices.Sort(roles[raft.Nonvoter])
+		if got = strings.TrimSpace(strings.Join(roles[raft.Voter], " ") + " | " + strings.Join(roles[raft.Nonvoter], " ")); got == want {
+			return
+		}
+	}
+	k.t.Fatalf("%q, not %q", got, want)
+}
+
+func (k *ranks) end() {
+	for _, n := range k.nodes {
+		n.cancel()
+		if n.up {
+			if err := n.raft.Shutdown().Error(); err != nil {
+				k.t.Error(err)
+			}
+		}
+	}
+	k.workers.Wait()
+}
+
+func inRanks(t *testing.T, story func(k *ranks)) {
+	synctest.Test(t, func(t *testing.T) {
+		k := newRanks(t)
+		story(k)
+		k.end()
+	})
+}
+
+func TestThreeThatStartTogetherAreVotersWithinSeconds(t *testing.T) {
+	inRanks(t, func(k *ranks) {
+		for _, id := range []string{"a", "b", "c"} {
+			k.start(id)
+		}
+		k.leader() // a bare raft takes a while to elect itself
+		k.await(3*time.Second, "a b c |")
+	})
+}
+
+func TestAHundredSidecarsHaveThreeVotersAndTwoStandbys(t *testing.T) {
+	inRanks(t, func(k *ranks) {
+		k.start("a")
+		for i := range 6 {
+			k.start("b" + string(rune('0'+i)))
+		}
+		k.mu.Lock()
+		for i := range 93 { // these run no raft: forwarders
+			id := "f" + string(rune('0'+i/10)) + string(rune('0'+i%10))
+			k.nodes[id] = &rankNode{id: id, member: gossipMember{ID: id, State: gossipAlive, Since: time.Now().Add(time.Hour)}, cancel: func() {}}
+		}
+		k.tell()
+		k.mu.Unlock()
+		k.await(20*time.Second, "a b0 b1 | b2 b3")
+		index, _ := k.nodes["a"].configured()
+		time.Sleep(time.Minute)
+		if now, c := k.nodes["a"].configured(); now != index {
+			t.Errorf("the configuration went on changing: %v", c)
+		}
+	})
+}
+
+func TestADeadVoterIsReplaced(t *testing.T) {
+	inRanks(t, func(k *ranks) {
+		for _, id := range []string{"a", "b", "c", "d"} {
+			k.start(id)
+		}
+		k.await(20*time.Second, "a b c | d")
+		k.crash(k.leader())
+		k.await(20*time.Second, "b c d |")
+		k.start("e")
+		k.await(10*time.Second, "b c d | e")
+	})
+}
+
+func TestCleanExitsShrinkTheClusterToOne(t *testing.T) {
+	inRanks(t, func(k *ranks) {
+		for _, id := range []string{"a", "b", "c", "d"} {
+			k.start(id)
+		}
+		k.await(20*time.Second, "a b c | d")
+		k.leave("b") // d takes its place
+		k.await(5*time.Second, "a c d |")
+		k.leave(k.leader())
+		k.await(5*time.Second, map[string]string{"a": "a |", "c": "c |", "d": "d |"}[k.leader()]+" "+k.other())
+		k.leave(k.leader()) // the only voter: the standby is promoted first
+		k.await(5*time.Second, k.leader()+" |")
+		k.leave(k.leader()) // the last: it just goes
+	})
+}
+
+// other gives who is up and does not lead.
+func (k *ranks) other() string {
+	var others []string
+	for id, n := range k.nodes {
+		if n.up && id != k.leader() {
+			others = append(others, id)
+		}
+	}
+	slices.Sort(others)
+	return strings.Join(others, " ")
+}
+
+// A transfer that fails stops raft's entries for a while; so it is not tried for ever.
+func TestLeadershipIsOfferedThreeTimesAtMost(t *testing.T) {
+	inRanks(t, func(k *ranks) {
+		for _, id := range []string{"a", "b", "c"} {
+			k.start(id)
+		}
+		k.await(20*time.Second, "a b c |")
+		leader := k.nodes[k.leader()]
+		refusing := &refusingRaft{Raft: leader.raft}
+		r := newRoles(rolesConfig{
+			node: leader.id, maxVoters: 3, raft: refusing, configuration: leader.configured, members: k.members,
+			changed: func() <-chan struct{} { return make(chan struct{}) }, progress: k.progress,
+			log: slog.New(slog.DiscardHandler), timing: defaultRoleTiming,
+		})
+		leader.cancel() // its own keeping of the roles ends
+		k.gossip(leader.id, gossipLeaving)
+		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+		defer cancel()
+		r.reconcileRoles(ctx)
+		if refusing.asked != maxHandovers {
+			t.Errorf("%d attempts", refusing.asked)
+		}
+	})
+}
+
+type refusingRaft struct {
+	*raft.Raft
+	asked int
+}
+
+func (r *refusingRaft) LeadershipTransferToServer(raft.ServerID, raft.ServerAddress) raft.Future {
+	r.asked++
+	return done{raft.ErrLeadershipTransferInProgress}
+}
