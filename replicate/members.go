@@ -27,7 +27,7 @@ type MemberInfo struct {
 	Tracked     bool
 	Lag         uint64        // entries that it lacks
 	InSync      bool          // commits wait for it
-	LastContact time.Duration // since it last answered the active sidecar
+	LastContact time.Duration // since it last answered the active sidecar; negative: never in its term
 	// What it says of itself; "" where gossip has not told it yet.
 	Zone, Machine, Version, GossipAddr, PeerAddr string
 }
@@ -66,6 +66,15 @@ func (n *Node) Dial(ctx context.Context, node string) (net.Conn, error) {
 	}
 	conn, _, err := n.membership.port.dial(ctx, node, peerForward)
 	return conn, err
+}
+
+// Leave has this node taken out of raft's configuration before it exits: it hands its leadership over, and its vote to
+// another where there is one. It goes on forwarding. Alone, or when everybody leaves at once, there is nothing to do.
+func (n *Node) Leave(ctx context.Context) error {
+	if n.membership == nil {
+		return nil
+	}
+	return n.membership.leave(ctx)
 }
 
 // GossipAddr is where others find this node, "" without peers.

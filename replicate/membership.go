@@ -53,6 +53,8 @@ type membership struct {
 
 	mu            sync.Mutex
 	clusterID     uuid.UUID
+	reconciling   context.CancelFunc // ends reconcileRoles
+	reconciled    chan struct{}      // closed when it has ended
 	leaving       bool
 	waiting       string // what keeps us from being a member
 	configuration raft.Configuration
@@ -61,7 +63,7 @@ type membership struct {
 
 // openMember opens the peer port and looks for the others.
 func (n *Node) openMember(c ClusterConfig) error {
-	m := &membership{node: n, config: c, retag: make(chan struct{}, 1), opened: make(chan struct{})}
+	m := &membership{node: n, config: c, retag: make(chan struct{}, 1), opened: make(chan struct{}), reconciling: func() {}}
 	m.ctx, m.cancel = context.WithCancel(context.Background())
 	m.searching, m.born = context.WithCancel(m.ctx)
 	n.membership = m
@@ -94,7 +96,6 @@ func (n *Node) openMember(c ClusterConfig) error {
 	m.workers.Go(m.followGossip)
 	m.workers.Go(m.followConfiguration)
 	m.workers.Go(m.keepTags)
-	m.workers.Go(m.tmpRoles)
 	switch {
 	case !fresh && !removed:
 		err = m.enlist()
@@ -243,11 +244,70 @@ func (m *membership) wait(why string) {
 	m.mu.Unlock()
 }
 
-// leads is told when this node's replica is active in a term, and when it is no longer, as 0.
-func (m *membership) leads(term uint64) {
-	if term != 0 {
-		m.push(term)
+// leads is told when this node's replica is active in a term, and when it is no longer, as 0: while it is, it keeps the
+// roles.
+func (m *membership) leads(r *replica, term uint64) {
+	m.mu.Lock()
+	m.reconciling()
+	m.reconciling = func() {}
+	before := m.reconciled
+	if term == 0 || m.ctx.Err() != nil {
+		m.mu.Unlock()
+		return
 	}
+	ctx, stop := context.WithCancel(m.ctx)
+	done := make(chan struct{})
+	m.reconciling, m.reconciled = stop, done
+	m.mu.Unlock()
+	m.push(term)
+	go func() {
+		defer close(done)
+		if before != nil {
+			<-before
+		}
+		newRoles(rolesConfig{
+			node: string(m.node.id), maxVoters: m.config.MaxVoters, raft: r.raft, configuration: m.committed,
+			members: m.gossip.members, changed: m.gossip.changed, progress: m.progress, log: m.node.log, timing: defaultRoleTiming,
+		}).reconcileRoles(ctx)
+	}()
+}
+
+// progress is how far the servers of the configuration have come, if this node leads.
+func (m *membership) progress() map[string]peerProgress {
+	r := m.node.running.Load()
+	if r == nil {
+		return nil
+	}
+	_, infos := r.transport.insync.infos()
+	progress := make(map[string]peerProgress, len(infos))
+	for _, i := range infos {
+		progress[string(i.ID)] = peerProgress{match: i.Match, contact: i.Contact}
+	}
+	return progress
+}
+
+// committed is the newest configuration that raft has committed.
+func (m *membership) committed() (index uint64, c raft.Configuration) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.index, m.configuration
+}
+
+// leave has this node taken out of raft's configuration.
+func (m *membership) leave(ctx context.Context) error {
+	return leaver{
+		node: string(m.node.id), members: m.gossip.members,
+		announce: func() error {
+			m.mu.Lock()
+			m.leaving = true
+			m.mu.Unlock()
+			return m.gossip.setTags(m.tags())
+		},
+		enlisted: func() bool {
+			_, c := m.committed()
+			return m.node.running.Load() != nil && suffrage(c, m.node.id) != ""
+		},
+	}.leave(ctx)
 }
 
 // ended is told of an incoming raft connection that the other side has closed.
@@ -356,7 +416,11 @@ func (m *membership) followGossip() {
 	for {
 		changed := m.gossip.changed()
 		var voters []string
+		r := m.node.running.Load()
 		for _, other := range m.gossip.members() {
+			if other.State == gossipLeaving && r != nil {
+				r.transport.insync.leaving(raft.ServerID(other.ID), time.Now())
+			}
 			if other.ID != string(m.node.id) && other.alive() && other.Tags[tagRole] == RoleVoter {
 				voters = append(voters, other.ID)
 			}
@@ -442,7 +506,13 @@ func (m *membership) retire() {
 func (m *membership) close() error {
 	var err error
 	if m.gossip != nil {
-		err = m.gossip.close()
+		m.mu.Lock()
+		leaving := m.leaving
+		m.mu.Unlock()
+		if leaving {
+			err = m.gossip.leave()
+		}
+		err = errors.Join(err, m.gossip.close())
 	}
 	if m.status != nil {
 		m.status.close()
@@ -451,6 +521,12 @@ func (m *membership) close() error {
 		err = errors.Join(err, m.port.close())
 	}
 	m.workers.Wait()
+	m.mu.Lock()
+	reconciled := m.reconciled
+	m.mu.Unlock()
+	if reconciled != nil {
+		<-reconciled
+	}
 	return err
 }
 
@@ -473,4 +549,26 @@ func (m *membership) facts() facts {
 }
 
 // track fills in what only the leader knows of its replicas.
-func (m *membership) track(infos map[string]*MemberInfo) {}
+func (m *membership) track(infos map[string]*MemberInfo) {
+	r := m.node.running.Load()
+	if r == nil {
+		return
+	}
+	if _, leading := r.leadership(); !leading {
+		return
+	}
+	last, replicas := r.transport.insync.infos()
+	for _, p := range replicas {
+		if info := infos[string(p.ID)]; info != nil {
+			info.Tracked, info.InSync = true, p.InSync
+			info.Lag = last - min(last, p.Match)
+			info.LastContact = -1
+			if !p.Contact.IsZero() {
+				info.LastContact = time.Since(p.Contact)
+			}
+		}
+	}
+	if own := infos[string(m.node.id)]; own != nil {
+		own.Tracked, own.InSync = true, true
+	}
+}

@@ -34,7 +34,7 @@ type replica struct {
 	retry     time.Duration
 	send      func(Event) bool // to the node's events; false: the node is ending
 	entries   <-chan Entry
-	leads     func(term uint64) // told of a term in which we are active, and of its end, as 0; nil: nobody wants to know
+	leads     func(r *replica, term uint64) // told of a term in which we are active, and of its end, as 0; nil: nobody wants to know
 
 	inFlight chan pending
 	slots    chan struct{} // one for each entry in flight
@@ -235,7 +235,7 @@ func (r *replica) follow(active uint64) uint64 {
 		}
 		active = term
 		if r.leads != nil {
-			r.leads(term)
+			r.leads(r, term)
 		}
 	}
 }
@@ -245,7 +245,7 @@ func (r *replica) over(term uint64) {
 	r.transport.fences.over(term)
 	r.transport.insync.end(term)
 	if r.leads != nil {
-		r.leads(0)
+		r.leads(r, 0)
 	}
 }
 

@@ -47,8 +47,11 @@ func memberStatuses(infos []replicate.MemberInfo, self string) []MemberStatus {
 			Zone: m.Zone, Machine: m.Machine, Version: m.Version, Gossip: m.GossipAddr, Peer: m.PeerAddr,
 		}
 		if m.Tracked {
-			lag, contact, inSync := int64(m.Lag), m.LastContact.Milliseconds(), m.InSync
-			s.Lag, s.InSync, s.LastContactMS = &lag, &inSync, &contact
+			lag, inSync := int64(m.Lag), m.InSync
+			s.Lag, s.InSync = &lag, &inSync
+			if contact := m.LastContact.Milliseconds(); m.LastContact >= 0 {
+				s.LastContactMS = &contact
+			}
 		}
 		all = append(all, s)
 	}
@@ -161,7 +164,10 @@ func writeMembers(w io.Writer, s *MembersStatus) error {
 		lag, inSync, contact := "-", "-", "-"
 		if m.Lag != nil {
 			untracked = false
-			lag, inSync, contact = fmt.Sprint(*m.Lag), map[bool]string{true: "yes", false: "no"}[*m.InSync], (time.Duration(*m.LastContactMS) * time.Millisecond).String()
+			lag, inSync = fmt.Sprint(*m.Lag), map[bool]string{true: "yes", false: "no"}[*m.InSync]
+		}
+		if m.LastContactMS != nil {
+			contact = (time.Duration(*m.LastContactMS) * time.Millisecond).String()
 		}
 		row := []string{id, m.Role, active, m.State, lag, inSync, contact, m.Zone, m.Machine, m.Version, m.Peer, m.Gossip}
 		for i := range row {
