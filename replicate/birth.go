@@ -78,15 +78,22 @@ func (b *birth) run(ctx context.Context) error {
 	var last string
 	for {
 		changed := b.changed()
-		founded, why, err := b.round(ctx, !time.Now().Before(ready))
-		if founded || err != nil || ctx.Err() != nil {
-			return err
+		again := b.timing.again
+		why := ""
+		if exists, sign := b.sign(); exists {
+			again = b.timing.report // a forwarder of it may stay here for ever
+		} else if why = sign; why == "" {
+			var founded bool
+			var err error
+			if founded, why, err = b.round(ctx, !time.Now().Before(ready)); founded || err != nil || ctx.Err() != nil {
+				return err
+			}
 		}
 		if b.waiting != nil && why != last {
 			b.waiting(why)
 		}
 		last = why
-		if now := time.Now(); now.Sub(began) >= b.timing.report && now.Sub(reported) >= b.timing.report {
+		if now := time.Now(); why != "" && now.Sub(began) >= b.timing.report && now.Sub(reported) >= b.timing.report {
 			reported = now
 			b.log.Warn("this sidecar belongs to no cluster yet", "waiting", why)
 		}
@@ -97,19 +104,21 @@ func (b *birth) run(ctx context.Context) error {
 			case <-ctx.Done():
 				return nil
 			}
-		case <-time.After(b.timing.again):
+		case <-time.After(again):
 		case <-ctx.Done():
 			return nil
 		}
 	}
 }
 
-// round looks once. It says what is missing unless the cluster was founded.
+// others are the members but ourselves.
+func (b *birth) others() []gossipMember {
+	return slices.DeleteFunc(slices.Clone(b.members()), func(m gossipMember) bool { return m.ID == b.node })
+}
+
+// round looks once, where there is no sign of a cluster. It says what is missing unless one was founded.
 func (b *birth) round(ctx context.Context, ready bool) (founded bool, why string, err error) {
-	others := slices.DeleteFunc(slices.Clone(b.members()), func(m gossipMember) bool { return m.ID == b.node })
-	if why := b.sign(others); why != "" {
-		return false, why, nil
-	}
+	others := b.others()
 	switch {
 	case b.arbiter != nil:
 		if !ready {
@@ -124,25 +133,26 @@ func (b *birth) round(ctx context.Context, ready bool) (founded bool, why string
 	return false, fmt.Sprintf("none of %d other sidecars belongs to a cluster, and nobody here may found one: start with --bootstrap-expect or --bootstrap-arbiter, or the first without --join", len(others)), nil
 }
 
-// sign looks for a cluster in what gossip knows.
-func (b *birth) sign(others []gossipMember) string {
+// sign looks for a cluster in what gossip knows. If one exists we belong to it, and are added when we are needed; if one
+// has existed, why says what is to be done about it.
+func (b *birth) sign() (exists bool, why string) {
 	var dead []string
-	for _, m := range others {
-		switch id := m.Tags[tagClusterID]; {
-		case id == "":
+	for _, m := range b.others() {
+		switch {
+		case m.Tags[tagClusterID] == "":
 		case m.alive():
-			return fmt.Sprintf("cluster %s exists; its leader adds this sidecar", id)
+			return true, ""
 		default:
 			dead = append(dead, m.ID)
 		}
 	}
 	switch {
 	case len(dead) > 0:
-		return fmt.Sprintf("a cluster has existed, and nobody of it is alive: start %s again, with its data directory; if it is lost for good, see recover", strings.Join(dead, " or "))
+		return false, fmt.Sprintf("a cluster has existed, and nobody of it is alive: start %s again, with its data directory; if it is lost for good, see recover", strings.Join(dead, " or "))
 	case b.existed:
-		return "this sidecar has belonged to a cluster, and has no copy of its state: start another one of it; if all are lost for good, start with an empty data directory"
+		return false, "this sidecar has belonged to a cluster, and has no copy of its state: start another one of it; if all are lost for good, start with an empty data directory"
 	}
-	return ""
+	return false, ""
 }
 
 // answers of those who were asked; nil: none.
@@ -246,7 +256,7 @@ func (b *birth) endorsement() string {
 	if b.expect == 0 {
 		return ""
 	}
-	return b.endorse(slices.DeleteFunc(slices.Clone(b.members()), func(m gossipMember) bool { return m.ID == b.node }))
+	return b.endorse(b.others())
 }
 
 // arbitrate is --bootstrap-arbiter.

@@ -214,7 +214,9 @@ func TestOfTheExpectedTheLowestFounds(t *testing.T) {
 		n.allMeet()
 		time.Sleep(time.Hour)
 		n.expect("b")
-		n.waits(a, "exists; its leader adds this sidecar")
+		if a.why != "" { // it belongs to the cluster
+			t.Errorf("waits for %q", a.why)
+		}
 	})
 }
 
@@ -359,4 +361,27 @@ func TestExpectedSidecarsFoundOneClusterInAnyOrder(t *testing.T) {
 			n.mu.Unlock()
 		})
 	}
+}
+
+// A forwarder has no state either, and that is how it shall be.
+func TestWhoBelongsToAClusterIsNotReportedAsWaiting(t *testing.T) {
+	inNursery(t, func(t *testing.T, n *nursery) {
+		var log strings.Builder
+		founder := n.start("a")
+		synctest.Wait()
+		b := n.start("b", joining, func(i *infant) { i.log = slog.New(slog.NewTextHandler(&log, nil)) })
+		n.meet(b, founder, gossipAlive)
+		time.Sleep(time.Hour)
+		synctest.Wait()
+		if log.Len() > 0 || b.why != "" {
+			t.Errorf("waits for %q, and logs %s", b.why, &log)
+		}
+		n.meet(b, founder, gossipFailed)
+		time.Sleep(time.Minute)
+		synctest.Wait()
+		n.waits(b, "start a again")
+		if !strings.Contains(log.String(), "belongs to no cluster") {
+			t.Errorf("logs %s", &log)
+		}
+	})
 }
