@@ -322,8 +322,10 @@ func TestAnActivationThatEndsIsFollowedByAnother(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	ended := make(chan error)
 	go func() { ended <- c.Run(ctx) }()
+	ordinal := uint64(0)
 	call := func(body kmsg.Request) kmsg.Response {
-		for ordinal := uint64(1); ; ordinal++ {
+		for {
+			ordinal++
 			status := c.Status()
 			if !status.Active {
 				<-status.Changed

@@ -115,7 +115,6 @@ func describe(d *kmsg.DescribeGroupsResponseGroup, c *classic) {
 // deleteGroups is GroupCoordinatorShard.deleteGroups: only Empty groups go, with their offsets.
 func (s *State) deleteGroups(in *Input, req *kmsg.DeleteGroupsRequest) {
 	resp := req.ResponseKind().(*kmsg.DeleteGroupsResponse)
-	resent := s.executed(&in.Client)
 	seen := map[string]bool{}
 	for _, id := range req.Groups {
 		if seen[id] {
@@ -125,15 +124,15 @@ func (s *State) deleteGroups(in *Input, req *kmsg.DeleteGroupsRequest) {
 		code, g := int16(0), s.find(id)
 		switch {
 		case g == nil:
-			if !resent {
+			if !s.again {
 				code = errGroupNotFound
 			}
-		case resent && len(req.Groups) == 1:
+		case s.again && len(req.Groups) == 1:
 			// It was deleted; this is another group of its name. Of several, one that has members was refused then, as
 			// far as can be told.
 		case g.view().state != empty:
 			code = errNonEmpty
-		case !resent:
+		case !s.again:
 			s.deleteGroup(g)
 		}
 		d := kmsg.DeleteGroupsResponseGroup{Group: id, ErrorCode: code}

@@ -43,7 +43,9 @@
 //
 // A client connection is a session, its requests have ordinals. A request that yields records adds the session's record
 // to them, JoinGroup and SyncGroup excepted: what they are sent for is safe to repeat. One whose ordinal is noted is not
-// executed but answered as its success; what a part of it was refused for is looked at again.
+// executed but answered as its success; what a part of it was refused for is looked at again. One that is not noted, but
+// a newer one of its session is, had been refused: they come in their order. It is not executed either, for that would
+// undo what is newer, and is answered COORDINATOR_NOT_AVAILABLE.
 //
 // # Undo
 //

@@ -24,6 +24,7 @@ var (
 	errMaxSize              = kerr.GroupMaxSizeReached.Code
 	errFencedInstance       = kerr.FencedInstanceID.Code
 	errSubscribed           = kerr.GroupSubscribedToTopic.Code
+	errNotAvailable         = kerr.CoordinatorNotAvailable.Code
 	errUnknownTopicID       = kerr.UnknownTopicID.Code
 )
 

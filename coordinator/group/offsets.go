@@ -124,12 +124,11 @@ func (s *State) commitOffsets(in *Input, req *kmsg.OffsetCommitRequest) {
 
 // commitLeft commits what has been refused so far by nobody, or refuses all of it.
 func (s *State) commitLeft(in *Input, req *kmsg.OffsetCommitRequest, resp *kmsg.OffsetCommitResponse, topics []topicOf, left int) {
-	resent := s.executed(&in.Client)
 	code := int16(0)
-	if !resent {
+	if !s.again {
 		code = s.validateCommit(req)
 	}
-	if !resent && code == 0 {
+	if !s.again && code == 0 {
 		s.expect(left + 2) // with the session's, and that of one which makes room
 	}
 	now := s.now.UnixMilli()
@@ -150,7 +149,7 @@ func (s *State) commitLeft(in *Input, req *kmsg.OffsetCommitRequest, resp *kmsg.
 			case p.Metadata != nil && utf16Longer(*p.Metadata, s.cfg.OffsetMetadataMaxSize):
 				rp.ErrorCode = errMetadataTooLarge
 				continue
-			case resent:
+			case s.again:
 				continue
 			}
 			c := committedOffset{
@@ -259,8 +258,7 @@ func (s *State) deleteOffsets(in *Input, req *kmsg.OffsetDeleteRequest) {
 		return
 	}
 	g := s.find(req.Group)
-	resent := s.executed(&in.Client)
-	if g == nil && !resent {
+	if g == nil && !s.again {
 		resp.ErrorCode = errGroupNotFound
 		s.reply(in.Call, resp)
 		return
@@ -269,7 +267,7 @@ func (s *State) deleteOffsets(in *Input, req *kmsg.OffsetDeleteRequest) {
 	if g != nil {
 		c = s.classicOf(g) // a simple group outlives its last offset, until the next sweep
 	}
-	if c.state != empty && c.typeName() != consumerType && !resent {
+	if c.state != empty && c.typeName() != consumerType && !s.again {
 		resp.ErrorCode = errNonEmpty
 		s.reply(in.Call, resp)
 		return
@@ -288,7 +286,7 @@ func (s *State) deleteOffsets(in *Input, req *kmsg.OffsetDeleteRequest) {
 				code = errUnknownPartition
 			case c.subscribesTo(t.Topic):
 				code = errSubscribed
-			case resent:
+			case s.again:
 			default:
 				key := appendOffsetKey(nil, g.id, t.Topic, p.Partition)
 				if s.Record(key) != nil {

@@ -29,7 +29,7 @@ import (
 //	state                                          groups, members, offsets, sessions
 //
 // The answer of a step is its records and replies. A line "c1 again" sends the last request of c1 once more, with its
-// ordinal, as a sidecar does after a failover.
+// ordinal, as a sidecar does after a failover; "c1 again 2" the one before.
 func TestScripts(t *testing.T) {
 	datadriven.Walk(t, "testdata/scripts", func(t *testing.T, path string) {
 		s := &scripted{world: newWorld(t, scriptConfig())}
@@ -48,7 +48,7 @@ func scriptConfig() Config {
 
 type scripted struct {
 	*world
-	last map[string]sent // by connection
+	sent map[string][]sent // by connection
 }
 
 type sent struct {
@@ -146,19 +146,22 @@ func (s *scripted) topic(arg string) {
 func (s *scripted) line(line string) Effects {
 	conn, text, _ := strings.Cut(line, " ")
 	ordinal := uint64(0)
-	if text == "again" {
-		text, ordinal = s.last[conn].text, s.last[conn].ordinal
+	if back, again := strings.CutPrefix(text, "again"); again {
+		n, _ := strconv.Atoi(strings.TrimSpace(back))
+		all := s.sent[conn]
+		before := all[len(all)-max(1, n)]
+		text, ordinal = before.text, before.ordinal
 	}
 	req := parseRequest(s.t, s.topics, text)
 	verb, _, _ := strings.Cut(text, " ")
 	e := s.step(conn, conn+" "+verb, req, ordinal)
-	if s.last == nil {
-		s.last = map[string]sent{}
+	if s.sent == nil {
+		s.sent = map[string][]sent{}
 	}
 	if ordinal == 0 {
 		ordinal = s.ordinals[conn]
 	}
-	s.last[conn] = sent{text, ordinal}
+	s.sent[conn] = append(s.sent[conn], sent{text, ordinal})
 	return e
 }
 

@@ -147,14 +147,17 @@ func (t *sessionTable) oldest() *sessionEntry {
 	return t.first
 }
 
-// executed says whether this very request has yielded records before: its answer was lost, not its effect.
-func (s *State) executed(c *Client) bool {
-	if c.Ordinal == 0 {
-		return false
-	}
+// recall looks up what is noted of a request's session. again: this very request has yielded records before; its answer
+// was lost, not its effect. overtaken: it was refused before a newer one of its session yielded records, for they are
+// stepped in their order; executed now it would undo what is newer.
+func (s *State) recall(c *Client) (again, overtaken bool) {
 	e := s.sessions.byID[c.Session]
-	s.again = e != nil && decodeSession(e.value).has(c.Ordinal)
-	return s.again
+	if e == nil || c.Ordinal == 0 {
+		return false, false
+	}
+	v := decodeSession(e.value)
+	again = v.has(c.Ordinal)
+	return again, c.Ordinal < v.highest && !again
 }
 
 // noteSession adds the session's record if the request has yielded any.

@@ -45,7 +45,7 @@ type State struct {
 	// Of the Step or Tick that is running.
 	now      time.Time
 	eff      Effects
-	again    bool     // the request has yielded records before
+	again    bool     // the request has yielded records before: they are not to be yielded once more
 	departed []*group // that have lost members of their generation, each once
 }
 

@@ -10,6 +10,14 @@ import (
 // Step takes one request. Its records are already applied; its reply may come with it or with a later Step or Tick.
 func (s *State) Step(now time.Time, in Input) Effects {
 	s.begin(now)
+	if noted(in.Request) {
+		overtaken := false
+		if s.again, overtaken = s.recall(&in.Client); overtaken {
+			// What it was refused for is not known any more: its client is to find out by a new request.
+			s.reply(in.Call, ErrorResponse(in.Request, errNotAvailable))
+			return s.finish()
+		}
+	}
 	switch req := in.Request.(type) {
 	case *kmsg.JoinGroupRequest:
 		s.joinGroup(&in, req)
@@ -35,6 +43,15 @@ func (s *State) Step(now time.Time, in Input) Effects {
 		s.refuse(in.Call, ErrorResponse(in.Request, errUnsupportedVersion))
 	}
 	return s.finish()
+}
+
+// noted says whether the request is of those that are executed once by their session's record.
+func noted(req kmsg.Request) bool {
+	switch req.(type) {
+	case *kmsg.OffsetCommitRequest, *kmsg.LeaveGroupRequest, *kmsg.OffsetDeleteRequest, *kmsg.DeleteGroupsRequest:
+		return true
+	}
+	return false
 }
 
 // Tick does what time has come for. A Tick before Deadline does nothing. What it arms for now is for the next one:

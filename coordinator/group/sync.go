@@ -163,12 +163,11 @@ func (s *State) leaveGroup(in *Input, req *kmsg.LeaveGroupRequest) {
 		leaving = []kmsg.LeaveGroupRequestMember{{MemberID: req.MemberID}}
 	}
 	g := s.seen(req.Group)
-	resent := s.executed(&in.Client)
 	left := false
 	for _, l := range leaving {
 		code := errUnknownMember
 		switch {
-		case resent:
+		case s.again:
 			code = 0
 		case g != nil:
 			code = s.leave(g.view(), l)
@@ -181,7 +180,7 @@ func (s *State) leaveGroup(in *Input, req *kmsg.LeaveGroupRequest) {
 			resp.ErrorCode, resp.Members = code, nil
 		}
 	}
-	if left && !resent {
+	if left && !s.again {
 		switch g.live.state {
 		case stable, completingRebalance:
 			s.prepareRebalance(g)
