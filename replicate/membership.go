@@ -231,9 +231,6 @@ func (m *membership) enlisted() (*raftStream, error) {
 	m.born()
 	m.wait("")
 	m.tell()
-	if r.lone() {
-		go r.transport.campaign(n.id)
-	}
 	return stream, nil
 }
 
@@ -311,7 +308,21 @@ func (m *membership) leave(ctx context.Context) error {
 }
 
 // ended is told of an incoming raft connection that the other side has closed.
-func (m *membership) ended(from string) {}
+func (m *membership) ended(from string) {
+	if r := m.node.running.Load(); r != nil {
+		r.elections.ended(from)
+	}
+}
+
+// alive says whether gossip has heard nothing bad of a node.
+func (m *membership) alive(node string) bool {
+	for _, other := range m.gossip.members() {
+		if other.ID == node {
+			return other.alive()
+		}
+	}
+	return false
+}
 
 // dismiss ends the replica: the others have taken this node out of the configuration. A voter that did not know would
 // call elections for ever (hashicorp/raft#524).

@@ -110,7 +110,6 @@ func (n *Node) openAlone() error {
 		return err
 	}
 	n.running.Store(r)
-	go r.transport.campaign(n.id)
 	return nil
 }
 

@@ -29,6 +29,7 @@ type replica struct {
 	store     *store.Store
 	raft      *raft.Raft
 	transport *transport
+	elections *elections
 	fsm       *fsm
 	id        raft.ServerID
 	retry     time.Duration
@@ -78,6 +79,12 @@ func (n *Node) startReplica(inner raft.Transport, m *membership) (*replica, erro
 		return nil, errors.Join(fmt.Errorf("starting raft: %w", err), r.transport.Close())
 	}
 	r.transport.attach(r.raft)
+	if m != nil {
+		r.elections = r.transport.elections(m.alive, m.port.refuses, n.log)
+	} else {
+		r.elections = r.transport.elections(nil, nil, n.log)
+	}
+	go r.elections.lone() // returns when raft has heard it
 	r.workers.Go(r.lead)
 	r.workers.Go(r.acknowledge)
 	r.workers.Go(r.append)
