@@ -27,8 +27,9 @@ const (
 	linkTick        = time.Second
 	linkPingAfter   = 2         // ticks without a word, while answers are outstanding, before it is asked for a sign of life
 	linkSilentTicks = 10        // before the connection is given up
-	peerWriteAt     = 256 << 10 // bytes gathered for one write between sidecars
-	peerKeepOut     = 1 << 20   // bytes of the buffer for them that is kept
+	peerWriteAt     = 64 << 10  // bytes gathered for one write between sidecars
+	peerKeepOut     = 128 << 10 // bytes of the buffer for them that are kept: the active sidecar has one for each peer
+	peerKeepQueue   = 4096      // messages that a queue keeps room for
 	maxPeerResponse = 256 << 20 // bytes of a response; instead of a larger one there is an error
 )
 
@@ -334,7 +335,9 @@ func (l *link) write() {
 				out = out[:0]
 			}
 		}
-		clear(batch)
+		if clear(batch); cap(batch) > peerKeepQueue {
+			batch = nil
+		}
 		if len(out) > 0 {
 			if _, err := l.conn.Write(out); err != nil {
 				l.cut(err)

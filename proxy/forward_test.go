@@ -436,7 +436,23 @@ func TestForwardedCommitIsAnsweredByItsDeadline(t *testing.T) {
 	}
 }
 
-// What a stranger, or a peer of another make, sends harms its own connection alone; a broken frame its own stream.
+// maker makes what the dialling side of a link sends.
+type maker struct{ connections uint64 }
+
+func (m *maker) begin() []byte {
+	m.connections++
+	return wire.AppendPeer(nil, &wire.PeerMessage{Kind: wire.PeerBegin, Process: [16]byte{1}, Number: m.connections})
+}
+
+func openStream(stream uint32, session byte, term uint64) []byte {
+	return wire.AppendPeer(nil, &wire.PeerMessage{Kind: wire.PeerOpen, Stream: stream, Number: 1, Session: [16]byte{session}, Term: term, Host: "/192.0.2.1"})
+}
+
+func peerRequest(stream uint32, ordinal uint64, frame []byte) []byte {
+	return wire.AppendPeer(nil, &wire.PeerMessage{Kind: wire.PeerRequest, Stream: stream, Ordinal: ordinal, Frame: frame})
+}
+
+// What a stranger, or a peer of another make, sends harms its own connection alone.
 func TestGarbageFromAPeerHarmsNobodyElse(t *testing.T) {
 	c := startCluster(t, 2)
 	a, b := c.all[0], c.all[1]
@@ -444,52 +460,52 @@ func TestGarbageFromAPeerHarmsNobodyElse(t *testing.T) {
 	cl := a.client()
 	cl.send(1, commitOf(0, 1))
 	cl.committedAs(1, 0)
-
-	connections := uint64(0)
-	begin := func() []byte {
-		connections++
-		return wire.AppendPeer(nil, &wire.PeerMessage{Kind: wire.PeerBegin, Process: [16]byte{1}, Number: connections})
-	}
-	request := func(stream uint32, ordinal uint64, frame []byte) []byte {
-		return wire.AppendPeer(nil, &wire.PeerMessage{Kind: wire.PeerRequest, Stream: stream, Ordinal: ordinal, Frame: frame})
-	}
-	open := func(stream uint32, session byte, term uint64) []byte {
-		return wire.AppendPeer(nil, &wire.PeerMessage{Kind: wire.PeerOpen, Stream: stream, Number: 1, Session: [16]byte{session}, Term: term, Host: "/192.0.2.1"})
-	}
-	mistakes := int64(0)
-	for _, x := range []struct {
+	var m maker
+	for i, x := range []struct {
 		what string
 		sent []byte
 	}{
 		{"http", []byte("GET / HTTP/1.1\r\n\r\n")},
 		{"no length", []byte{0, 0, 0, 0}},
-		{"nothing first", open(1, 1, 1)},
-		{"a closed stream", slices.Concat(begin(), request(9, 1, nil))},
-		{"opened twice", slices.Concat(begin(), open(1, 1, 1), open(1, 2, 1))},
-		{"an older stream", slices.Concat(begin(), open(1, 1, 1), open(2, 1, 1))},
-		{"too large", slices.Concat(begin(), []byte{0x7f, 0xff, 0xff, 0xff})},
-		{"half a message", slices.Concat(begin(), []byte{0, 0, 0, 6, byte(wire.PeerOpen), 0, 0, 0, 0, 1})},
-		{"a second message", slices.Concat(begin(), begin())},
+		{"nothing first", openStream(1, 1, 1)},
+		{"a closed stream", slices.Concat(m.begin(), peerRequest(9, 1, nil))},
+		{"opened twice", slices.Concat(m.begin(), openStream(1, 1, 1), openStream(1, 2, 1))},
+		{"an older stream", slices.Concat(m.begin(), openStream(1, 1, 1), openStream(2, 1, 1))},
+		{"too large", slices.Concat(m.begin(), []byte{0x7f, 0xff, 0xff, 0xff})},
+		{"half a message", slices.Concat(m.begin(), []byte{0, 0, 0, 6, byte(wire.PeerOpen), 0, 0, 0, 0, 1})},
+		{"a second beginning", slices.Concat(m.begin(), m.begin())},
 	} {
 		t.Run(x.what, func(t *testing.T) {
 			conn := b.dialPeer(t, "x")
 			_, _ = conn.Write(x.sent)
-			_ = conn.SetReadDeadline(time.Now().Add(10 * time.Second))
 			if n, err := conn.Read(make([]byte, 1)); n > 0 || isTimeout(err) {
 				t.Fatalf("%d bytes, %v", n, err)
 			}
-			mistakes++
-			until(t, "it is counted", func() bool { return b.metrics.Value(tracing.ForwardMistakes) == mistakes })
+			until(t, "it is counted", func() bool { return b.metrics.Value(tracing.ForwardMistakes) == int64(i+1) })
 		})
 	}
+	cl.send(2, commitOf(0, 2))
+	cl.committedAs(2, 0)
+	if n := a.metrics.Value(tracing.ResentRequests); n != 0 {
+		t.Errorf("%d requests were sent again", n)
+	}
+}
 
+// A frame that cannot be read ends its own stream alone, and the answer says why.
+func TestBrokenFrameFromAPeerEndsItsStreamAlone(t *testing.T) {
+	c := startCluster(t, 2)
+	b := c.all[1]
+	c.lead(b)
+	b.untilActive()
+	var m maker
 	conn := b.dialPeer(t, "x")
 	good := kmsg.NewRequestFormatter(kmsg.FormatterClientID("raw")).AppendRequest(nil, heartbeat("m"), 9)[4:]
-	_, _ = conn.Write(slices.Concat(begin(), open(1, 1, 1), open(2, 2, 1), open(3, 3, 99),
-		request(1, 1, []byte("\x00\x0c\x00\x04\x00\x00\x00\x01\xff\xff\x00\x7fnot whole")), request(1, 2, good), request(2, 1, good), request(3, 1, good),
+	_, _ = conn.Write(slices.Concat(m.begin(), openStream(1, 1, 1), openStream(2, 2, 1), openStream(3, 3, 99),
+		peerRequest(1, 1, []byte("\x00\x0c\x00\x04\x00\x00\x00\x01\xff\xff\x00\x7fnot whole")), peerRequest(1, 2, good),
+		peerRequest(2, 1, good), peerRequest(2, 2, frame(3, 9, 1, []byte{0})[4:]), peerRequest(3, 1, good),
 		wire.AppendPeer(nil, &wire.PeerMessage{Kind: 99}), wire.AppendPeer(nil, &wire.PeerMessage{Kind: wire.PeerPing})))
 	answers := map[string]wire.PeerMessage{}
-	for range 5 {
+	for range 6 {
 		message, err := readFrame(conn)
 		if err != nil {
 			t.Fatal(err)
@@ -500,19 +516,23 @@ func TestGarbageFromAPeerHarmsNobodyElse(t *testing.T) {
 		}
 		answers[fmt.Sprintf("%d/%d/%d", m.Kind, m.Stream, m.Ordinal)] = m
 	}
-	for what, code := range map[string]wire.PeerCode{"5/1/1": wire.PeerRefused, "5/1/2": wire.PeerStreamEnd, "5/2/1": wire.PeerAnswered, "5/3/1": wire.PeerInactive, "7/0/0": 0} {
+	for what, code := range map[string]wire.PeerCode{
+		"5/1/1": wire.PeerRefused, "5/1/2": wire.PeerStreamEnd, "5/2/1": wire.PeerAnswered, "5/2/2": wire.PeerRefused,
+		"5/3/1": wire.PeerInactive, "7/0/0": 0,
+	} {
 		if m, ok := answers[what]; !ok || m.Code != code {
 			t.Errorf("%s: %+v", what, m)
 		}
 	}
-	if m := answers["5/1/1"]; m.Error != kerr.UnknownServerError.Code || !strings.Contains(string(m.Frame), "Heartbeat") {
+	if m := answers["5/1/1"]; m.Error != kerr.UnknownServerError.Code || !strings.Contains(string(m.Frame), "Heartbeat version 4") {
 		t.Errorf("%d %s", m.Error, m.Frame)
+	}
+	if m := answers["5/2/2"]; !strings.Contains(string(m.Frame), "Metadata version 9 is not for the coordinator") {
+		t.Errorf("%s", m.Frame)
 	}
 	if m := answers["5/3/1"]; m.Term != 1 {
 		t.Errorf("the current term is said to be %d", m.Term)
 	}
-	cl.send(2, commitOf(0, 2))
-	cl.committedAs(2, 0)
 }
 
 func (s *sidecar) dialPeer(t *testing.T, from string) net.Conn {
@@ -521,6 +541,7 @@ func (s *sidecar) dialPeer(t *testing.T, from string) net.Conn {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = conn.Close() })
+	_ = conn.SetDeadline(time.Now().Add(20 * time.Second))
 	_, _ = conn.Write([]byte(from))
 	return conn
 }
@@ -542,27 +563,14 @@ func TestEachCommitIsExecutedOnceAndInOrder(t *testing.T) {
 }
 
 func changesOfTheActive(t *testing.T, seed uint64) {
-	const clients, commits, window = 6, 400, 16
+	const clients, commits = 6, 400
 	c := startCluster(t, 3)
 	rng := rand.New(rand.NewPCG(seed, 1))
 	var all sync.WaitGroup
-	left := make(chan struct{})
-	for i := range clients {
-		cl := c.all[i%3].client()
-		room := make(chan struct{}, window)
-		all.Go(func() {
-			for n := range int32(commits) {
-				room <- struct{}{}
-				cl.sendBytes(kmsg.NewRequestFormatter().AppendRequest(nil, commitOf(int32(i), int64(n)), n))
-			}
-		})
-		all.Go(func() {
-			for n := range int32(commits) {
-				cl.committedAs(n, 0)
-				<-room
-			}
-		})
+	for i := range int32(clients) {
+		commitAll(&all, c.all[i%3].client(), i, commits)
 	}
+	left := make(chan struct{})
 	go func() {
 		all.Wait()
 		close(left)
@@ -577,16 +585,15 @@ func changesOfTheActive(t *testing.T, seed uint64) {
 	}
 	defer thaw()
 	for busy := true; busy; {
-		switch pick := c.all[rng.IntN(3)]; rng.IntN(6) {
+		pick := c.all[rng.IntN(3)]
+		what := rng.IntN(6)
+		if pick == stopped || what >= 4 {
+			thaw()
+		}
+		switch what {
 		case 0, 1:
-			if pick == stopped {
-				thaw()
-			}
 			c.lead(pick)
 		case 2: // told late, and one after the other
-			if pick == stopped {
-				thaw()
-			}
 			term := c.elect(pick)
 			for _, i := range rng.Perm(3) {
 				time.Sleep(time.Duration(rng.IntN(2000)) * time.Microsecond)
@@ -594,15 +601,11 @@ func changesOfTheActive(t *testing.T, seed uint64) {
 			}
 		case 3:
 			pick.peers.cut()
-		case 4:
-			thaw()
 		case 5: // stopped, and another takes over
-			thaw()
 			stopped = pick
 			pick.peers.gate.shut()
 			pick.log.freeze(true)
-			other := c.all[(slices.Index(c.all, pick)+1+rng.IntN(2))%3]
-			c.lead(other)
+			c.lead(c.all[(slices.Index(c.all, pick)+1+rng.IntN(2))%3])
 		}
 		select {
 		case <-left:
@@ -611,12 +614,31 @@ func changesOfTheActive(t *testing.T, seed uint64) {
 		}
 	}
 	for i := range int32(clients) {
-		got := c.committed(i)
-		if len(got) != commits {
-			t.Errorf("seed %d: client %d: %d commits were executed, of %d", seed, i, len(got), commits)
-		}
-		if !slices.IsSorted(got) {
-			t.Errorf("seed %d: client %d: out of order: %v", seed, i, got)
+		if got := c.committed(i); len(got) != commits || !slices.IsSorted(got) {
+			t.Errorf("seed %d: client %d: %d commits were executed, of %d, or not in order: %v", seed, i, len(got), commits, got)
 		}
 	}
+}
+
+// commitAll has a client commit the offsets from 0 to n-1, several of them on their way at a time.
+func commitAll(all *sync.WaitGroup, cl *client, partition int32, n int32) {
+	room := make(chan struct{}, 16)
+	all.Go(func() {
+		for i := range n {
+			room <- struct{}{}
+			if _, err := cl.Write(kmsg.NewRequestFormatter().AppendRequest(nil, commitOf(partition, int64(i)), i)); err != nil {
+				return // the reader says so, too
+			}
+		}
+	})
+	all.Go(func() {
+		for i := range n {
+			id, body := cl.receive()
+			resp := commitOf(0, 0).ResponseKind().(*kmsg.OffsetCommitResponse)
+			if err := resp.ReadFrom(body[1:]); err != nil || id != i || resp.Topics[0].Partitions[0].ErrorCode != 0 {
+				cl.t.Errorf("correlation id %d, not %d, or %+v, %v", id, i, resp, err)
+			}
+			<-room
+		}
+	})
 }

@@ -22,7 +22,7 @@ import (
 )
 
 const (
-	peerBuffer       = 128 << 10        // read from a peer at once; larger messages get memory of their own
+	peerBuffer       = 16 << 10         // read from a peer at once; larger messages get memory of their own
 	peerWriteTimeout = 30 * time.Second // for a peer to take what it is sent
 	maxPeerMessage   = 64 << 20         // from a peer; a frame over the limit for group requests is refused alone
 	maxPeerStreams   = 1 << 18          // on one connection; each is a client's
@@ -395,7 +395,9 @@ func (c *peerConn) write() {
 				out = out[:0]
 			}
 		}
-		clear(batch)
+		if clear(batch); cap(batch) > peerKeepQueue {
+			batch = nil
+		}
 		if len(out) > 0 {
 			if !c.flush(out) {
 				return
