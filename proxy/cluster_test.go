@@ -357,7 +357,10 @@ func (c *cluster) elect(s *sidecar) (term uint64) {
 
 // lead makes s the leader and tells all sidecars.
 func (c *cluster) lead(s *sidecar) {
-	term := c.elect(s)
+	c.tell(c.elect(s), s)
+}
+
+func (c *cluster) tell(term uint64, s *sidecar) {
 	for _, other := range c.all {
 		other.peers.tell(term, s.id)
 	}

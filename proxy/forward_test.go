@@ -243,7 +243,9 @@ func TestParkedJoinWithACommitBehindItOverAFailover(t *testing.T) {
 	second.send(1, joinOf(""))             // parked until the first has joined again
 	second.send(2, commitOf(0, 7))
 	untilSame(t, "the commit was executed", func() []int64 { return c.committed(0) }, 7)
-	c.lead(b)
+	term := c.elect(b)
+	b.untilActive() // else both might come back once more, and the first join before them
+	c.tell(term, b)
 	until(t, "both are sent to the new one", func() bool { return b.metrics.Value(tracing.PeerRequests) >= 2 })
 	again := first.call(joinOf(led.MemberID)).(*kmsg.JoinGroupResponse)
 	id, body := second.receive()
@@ -429,8 +431,9 @@ func TestForwardedCommitIsAnsweredByItsDeadline(t *testing.T) {
 	}
 	a.peers.cut()
 	b.peers.gate.thaw()
-	cl.send(2, commitOf(0, 2))
-	cl.committedAs(2, 0)
+	until(t, "commits are answered in time again", func() bool {
+		return cl.call(commitOf(0, 2)).(*kmsg.OffsetCommitResponse).Topics[0].Partitions[0].ErrorCode == 0
+	})
 	if got := c.committed(0); got[len(got)-1] != 2 {
 		t.Fatal(got)
 	}
@@ -460,6 +463,7 @@ func TestGarbageFromAPeerHarmsNobodyElse(t *testing.T) {
 	cl := a.client()
 	cl.send(1, commitOf(0, 1))
 	cl.committedAs(1, 0)
+	resent := a.metrics.Value(tracing.ResentRequests)
 	var m maker
 	for i, x := range []struct {
 		what string
@@ -486,7 +490,7 @@ func TestGarbageFromAPeerHarmsNobodyElse(t *testing.T) {
 	}
 	cl.send(2, commitOf(0, 2))
 	cl.committedAs(2, 0)
-	if n := a.metrics.Value(tracing.ResentRequests); n != 0 {
+	if n := a.metrics.Value(tracing.ResentRequests) - resent; n != 0 {
 		t.Errorf("%d requests were sent again", n)
 	}
 }
