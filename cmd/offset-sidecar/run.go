@@ -71,6 +71,9 @@ func (p *program) drain(s *Sidecar, sig os.Signal) error {
 	ended := make(chan struct{})
 	defer close(ended)
 	go p.watchSecondSignal(s.logger, ended)
+	if err := s.Leave(); err != nil {
+		s.logger.Warn("the other sidecars could not be told in time, and find out for themselves that this one is gone", "err", err)
+	}
 	ctx, cancel := context.WithTimeout(context.Background(), s.config.MaxDrain)
 	defer cancel()
 	if err := s.Drain(ctx); err != nil {

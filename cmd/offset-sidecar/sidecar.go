@@ -27,6 +27,9 @@ const (
 	maxGroupFrame = 8 << 20         // bytes of a group or offset request
 	minFree       = 64 << 20        // bytes of the data directory's file system below which nothing is acknowledged
 	activeWarning = 5 * time.Second // without an active coordinator, until the log says so
+
+	leaveAtLeast = 3 * time.Second // for the other sidecars to take over, whatever --max-drain says
+	leaveAtMost  = 10 * time.Second
 )
 
 // Sidecar is one sidecar in this process: the rooms, opened bottom up and closed top down. Several may live side by side.
@@ -282,6 +285,15 @@ func (s *Sidecar) coordinatorErr() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.coordinatorDone
+}
+
+// Leave hands over to the other sidecars what this one does for them. Its own clients are served on, through the others.
+// It gives up after --max-drain, but no sooner than after leaveAtLeast and no later than after leaveAtMost.
+func (s *Sidecar) Leave() error {
+	s.draining.Store(true)
+	ctx, cancel := context.WithTimeout(context.Background(), min(max(s.config.MaxDrain, leaveAtLeast), leaveAtMost))
+	defer cancel()
+	return s.node.Leave(ctx)
 }
 
 // Drain lets clients finish: it returns when none is connected, or with an error when ctx is done. A consumer's last commit and its
