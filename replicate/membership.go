@@ -220,7 +220,7 @@ func (m *membership) enlisted() (*raftStream, error) {
 	}
 	stream := newRaftStream(m.port, string(n.id), func(from string) { m.ended(from) })
 	inner := raft.NewNetworkTransportWithConfig(&raft.NetworkTransportConfig{
-		Stream: stream, MaxPool: raftPool, Timeout: rpcTimeout, Logger: &raftLogger{log: n.log}, MsgpackUseNewTimeFormat: true,
+		Stream: stream, MaxPool: raftPool, Timeout: rpcTimeout, Logger: newRaftLogger(n.log), MsgpackUseNewTimeFormat: true,
 	})
 	r, err := n.startReplica(inner, m)
 	if err != nil {

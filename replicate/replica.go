@@ -117,7 +117,7 @@ func raftConfig(c Config, id raft.ServerID) *raft.Config {
 	// BatchApplyCh gives raft a buffer whose entries nobody answers when raft is shut down. Our one appender has at most
 	// EntriesInFlight on their way and waits in Apply while raft writes, so raft gathers as much without it.
 	rc.BatchApplyCh = false
-	rc.Logger = &raftLogger{log: c.Logger}
+	rc.Logger = newRaftLogger(c.Logger)
 	return rc
 }
 
