@@ -32,21 +32,29 @@
 //
 // # Damage and full disks
 //
-// Badger drops the rest of a write-ahead log after one flipped bit and says nothing, which would make a voter forget
-// what it acknowledged. Hence the watermark: a file of 64 bytes that names the last index acknowledged, at most a
-// second old. A log that ends below it, has a hole, or fails a CRC makes Open return a DamagedError: nothing is
-// changed, because for a lone voter starting empty would be silent loss. Options.Quarantine, a choice of the
-// operator, moves the damaged parts aside within the directory and starts as a new node.
+// Badger drops the rest of a write-ahead log after one flipped bit and says nothing, takes a cut MANIFEST for a whole
+// one, and ends the process over some broken tables. So Open reads all of its files first (check.go), and compares them
+// with the watermark: a file of 64 bytes that names what was acknowledged last, written with each append. What a kill
+// or a power cut leaves opens with all of it. Anything less makes Open return a DamagedError, which names the file and
+// the ways out: nothing is changed, because for a lone voter starting empty would be silent loss. Options.Quarantine,
+// for a node whose peers have it all, moves the damaged parts aside within the directory and starts as a new node.
+// Damaged files that hold nothing of ours (value log, DISCARD, KEYREGISTRY) are made anew.
 //
 // Badger writes through mmap, so a full disk is a SIGBUS. The guard asks the filesystem before every append and fails
-// it below MinFree; stable writes, which raft cannot bear to fail, wait instead; a ballast file is given up at Open.
+// it below MinFree; stable writes, which raft cannot bear to fail, wait instead. While badger is at work the guard
+// looks every 2 ms: when space is very low it gives up the ballast, a file of nothing, and puts up the barrier, which
+// keeps badger from beginning tables. Only a table that is half written when the last byte goes is beyond it: that ends
+// the process as a kill does. A database that cannot be closed for want of space is left to the next start.
+//
+// A snapshot from elsewhere is read to its end before anything is given up for it, and a restore that was cut short is
+// finished at the next Open. A write that the database failed ends the store: what is on disk then nobody knows.
 //
 // A StoreLogs call that needed several transactions and failed after the first leaves a log that nobody asked for.
 // Options.OnFatal is told, and from then on every write fails.
 //
 // # Goroutines
 //
-// keep (flush, watermark, memory after a load), compact and prealloc.run, told to end by Release and waited for by
-// Close before badger closes; badger's own. Raft's main goroutine alone calls RaftLog and Stable; raft's FSM goroutine
+// keep (flush, watermark, memory after a load), compact, guard.watch and prealloc.run, told to end by Release and waited
+// for by Close before badger closes; badger's own. Raft's main goroutine alone calls RaftLog and Stable; raft's FSM goroutine
 // alone calls Append, Configuration and Restore. Everything else may be called from anywhere.
 package store

@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -15,9 +16,16 @@ import (
 var ErrNoSpace = errors.New("too little free disk space")
 
 const (
-	ballastBytes = 32 << 20
-	// ballastRoom: with less free than this beyond MinFree the filesystem is too small to keep a ballast on.
-	ballastRoom = 10 * ballastBytes
+	ballastBytes = 32 << 20 // or an eighth of a small filesystem
+	// ballastRoom: with less free than so many ballasts beyond MinFree the filesystem is too small to keep one on.
+	ballastRoom = 3
+
+	// While something is written the space is looked at so often: who fills a disk takes a GB a second, and badger's
+	// flushes and compactions, which ask nobody, take a tenth of one.
+	watchEvery = 2 * time.Millisecond
+	watchAfter = 2 * time.Second // and so long after the last write
+	// watchBarrier is how often it is looked at when the only question is whether there is space again.
+	watchBarrier = 50 * time.Millisecond
 	// openBytes is what opening the database may write: its memtables become tables.
 	openBytes = 24 << 20
 )
@@ -31,21 +39,24 @@ type guard struct {
 	// space is statfs: free bytes for us, and the filesystem's size.
 	space func(dir string) (free, total int64, err error)
 
+	active atomic.Int64  // writes since the watcher has looked
+	wake   chan struct{} // there is one, after none
+
 	mu      sync.Mutex
 	tripped bool
 }
 
 func newGuard(opt Options, log *slog.Logger) *guard {
-	g := &guard{dir: opt.Dir, min: opt.MinFree, ballast: filepath.Join(opt.Dir, ballastName), log: log, space: opt.space}
+	g := &guard{dir: opt.Dir, min: opt.MinFree, ballast: filepath.Join(opt.Dir, ballastName), log: log, space: opt.space, wake: make(chan struct{}, 1)}
 	if g.space == nil {
 		g.space = diskSpace
 	}
 	return g
 }
 
-// floor is MinFree, less on a small filesystem, where an eighth has to do.
+// floor is MinFree, less on a small filesystem, where a quarter has to do.
 func (g *guard) floor(total int64) int64 {
-	return min(g.min, max(total/8, openBytes))
+	return min(g.min, max(total/4, openBytes))
 }
 
 // admit is asked before the database is opened. When space is low it gives up the ballast.
@@ -125,11 +136,7 @@ func (g *guard) waitFor(stop <-chan struct{}, size int64) bool {
 		if err == nil && free >= max(g.floor(total)/8, min(size, g.floor(total))) {
 			return true
 		}
-		g.mu.Lock()
-		if os.Remove(g.ballast) == nil {
-			g.log.Warn("disk space is very low: the ballast was given up", "dir", g.dir)
-		}
-		g.mu.Unlock()
+		g.giveUp("disk space is very low: the ballast was given up")
 		select {
 		case <-stop:
 			return false
@@ -146,14 +153,12 @@ func (g *guard) closable() error {
 	if g.min <= 0 {
 		return nil
 	}
-	g.mu.Lock()
-	defer g.mu.Unlock()
 	for {
 		free, _, err := g.space(g.dir)
 		if err != nil || free >= openBytes {
 			return err
 		}
-		if os.Remove(g.ballast) != nil {
+		if !g.giveUp("disk space is low: the ballast was given up to be able to close") {
 			return fmt.Errorf("%w: %d MiB", ErrNoSpace, free>>20)
 		}
 	}
@@ -164,11 +169,12 @@ func (g *guard) inflate() {
 	if g.min <= 0 {
 		return
 	}
-	if info, err := os.Stat(g.ballast); err == nil && info.Size() == ballastBytes {
+	free, total, err := g.space(g.dir)
+	size := min(ballastBytes, total/8)
+	if info, serr := os.Stat(g.ballast); serr == nil && info.Size() == size || err != nil {
 		return
 	}
-	free, total, err := g.space(g.dir)
-	if err != nil || free < g.floor(total)+ballastRoom {
+	if free < g.floor(total)+ballastRoom*size {
 		return
 	}
 	f, err := os.OpenFile(g.ballast, os.O_RDWR|os.O_CREATE|os.O_TRUNC, 0o600)
@@ -176,10 +182,75 @@ func (g *guard) inflate() {
 		g.log.Debug("creating the ballast", "err", err)
 		return
 	}
-	if err := errors.Join(allocate(f, ballastBytes), f.Close()); err != nil {
+	if err := errors.Join(allocate(f, size), f.Close()); err != nil {
 		g.log.Debug("creating the ballast", "err", err)
 		os.Remove(g.ballast)
 	}
+}
+
+// wrote is called before each transaction: badger may flush and compact for a while.
+func (g *guard) wrote() {
+	if g.active.Add(1) == 1 {
+		select {
+		case g.wake <- struct{}{}:
+		default:
+		}
+	}
+}
+
+// watch raises the barrier and gives up the ballast as soon as space is very low, and gives badger's newest write-ahead
+// log its blocks: what is written there then needs no space. It sleeps while nothing is written.
+func (g *guard) watch(b *barrier, stop <-chan struct{}) {
+	tick := time.NewTicker(watchEvery)
+	defer tick.Stop()
+	logs := prealloc{dir: b.dir}
+	for last := time.Now(); ; {
+		select {
+		case <-stop:
+			return
+		case <-g.wake:
+			last = time.Now()
+			tick.Reset(watchEvery)
+			continue
+		case <-tick.C:
+		}
+		if g.active.Swap(0) > 0 {
+			last = time.Now()
+		}
+		_, up := b.up()
+		if idle := time.Since(last) > watchAfter; idle && up {
+			tick.Reset(watchBarrier)
+		} else if idle {
+			tick.Stop()
+		}
+		free, total, err := g.space(g.dir)
+		switch {
+		case err != nil:
+		case free < g.floor(total)*3/4:
+			b.raise()
+			g.giveUp("disk space is very low: the ballast was given up")
+		case up && free >= g.floor(total):
+			b.lower()
+			tick.Reset(watchEvery)
+		case !up && free > g.floor(total)+walBytes:
+			if name := logs.newest(); name != "" {
+				if err := reserve(name, walBytes); err != nil {
+					g.log.Debug("reserving the blocks of a write-ahead log", "file", name, "err", err)
+				}
+			}
+		}
+	}
+}
+
+// giveUp removes the ballast, if there is one.
+func (g *guard) giveUp(why string) bool {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if os.Remove(g.ballast) != nil {
+		return false
+	}
+	g.log.Warn(why, "dir", g.dir)
+	return true
 }
 
 func (s *Store) checkSpace() error {

@@ -39,6 +39,8 @@ const (
 	// most of them anyway, after they have been written three times.
 	thinFrom  = 1 << 20
 	keepEvery = time.Second
+	// ballastTicks is how often a ballast that was given up is looked for.
+	ballastTicks = 15
 )
 
 // Options of a Store.
@@ -91,6 +93,7 @@ type Store struct {
 	flushMu   sync.Mutex
 	restoring sync.RWMutex // held for writing while the compacted log is replaced
 
+	barrier   *barrier // nil in memory
 	compactor compactor
 	prealloc  *prealloc // nil: not worth it here
 	kick      chan struct{}
@@ -129,6 +132,10 @@ func Open(opt Options) (*Store, error) {
 	}
 	s.workers.Go(s.keep)
 	s.workers.Go(s.compact)
+	if s.files != nil && opt.MinFree > 0 {
+		s.files.guard.wrote()
+		s.workers.Go(func() { s.files.guard.watch(s.barrier, s.stop) })
+	}
 	if s.prealloc = newPrealloc(opt, s.files, s.log); s.prealloc != nil {
 		s.workers.Go(func() { s.prealloc.run(s.stop) })
 	}
@@ -143,6 +150,7 @@ func (s *Store) open() error {
 			return err
 		}
 		s.files = f
+		s.barrier = &barrier{dir: f.database(), log: s.log}
 	}
 	if s.files != nil {
 		if err := s.files.prepare(); err != nil {
@@ -197,7 +205,7 @@ func (s *Store) badgerOptions() badger.Options {
 		WithDetectConflicts(false).
 		WithMetricsEnabled(false).
 		WithNumVersionsToKeep(1).
-		WithLogger(badgerLogger{s.log})
+		WithLogger(badgerLogger{s.log, s.barrier})
 }
 
 // load reads what is kept in memory and checks that nothing acknowledged is missing.
@@ -329,6 +337,9 @@ func (s *Store) transact(fill func(*badger.Txn) error, own uint64) error {
 	txn := s.db.NewTransaction(true)
 	defer txn.Discard()
 	version := txn.ReadTs() + own // at least; others may come in between
+	if s.files != nil {
+		s.files.guard.wrote()
+	}
 	if err := fill(txn); err != nil {
 		return err
 	}
@@ -374,9 +385,7 @@ func (s *Store) keep() {
 	last := time.Now()
 	var load calm
 	var marks markKeeper
-	if s.files != nil {
-		s.files.guard.inflate()
-	}
+	ticks := 0
 	for {
 		select {
 		case <-s.stop:
@@ -384,6 +393,10 @@ func (s *Store) keep() {
 		case <-s.kick:
 		case <-tick.C:
 			marks.keep(s)
+			if s.files != nil && ticks%ballastTicks == 0 {
+				s.files.guard.inflate()
+			}
+			ticks++
 			if load.tick(s.raftLog.ever()) {
 				debug.FreeOSMemory()
 			}
@@ -434,6 +447,7 @@ func (s *Store) closeDatabase() error {
 			s.log.Warn("the database is left without being closed; the next start replays its log", "err", err)
 			return nil
 		}
+		s.barrier.lower() // or it would wait for it
 	}
 	if err := s.db.Close(); err != nil {
 		return fmt.Errorf("closing the database: %w", err)
@@ -486,7 +500,10 @@ func (l *Local) Put(name string, value []byte) error {
 }
 
 // badgerLogger passes badger's messages on: its Info is our debug.
-type badgerLogger struct{ log *slog.Logger }
+type badgerLogger struct {
+	log     *slog.Logger
+	barrier *barrier
+}
 
 func (l badgerLogger) at(level slog.Level, format string, args []any) {
 	if l.log.Enabled(context.Background(), level) {
@@ -494,10 +511,20 @@ func (l badgerLogger) at(level slog.Level, format string, args []any) {
 	}
 }
 
-func (l badgerLogger) Errorf(f string, a ...any)   { l.at(slog.LevelError, f, a) }
-func (l badgerLogger) Warningf(f string, a ...any) { l.at(slog.LevelWarn, f, a) }
-func (l badgerLogger) Infof(f string, a ...any)    { l.at(slog.LevelDebug, f, a) }
-func (l badgerLogger) Debugf(f string, a ...any)   {} // one message a write: its arguments alone cost more than the write
+func (l badgerLogger) Errorf(f string, a ...any) {
+	if !l.barrier.heard(f) {
+		l.at(slog.LevelError, f, a)
+	}
+}
+
+func (l badgerLogger) Warningf(f string, a ...any) {
+	if !l.barrier.heard(f) {
+		l.at(slog.LevelWarn, f, a)
+	}
+}
+
+func (l badgerLogger) Infof(f string, a ...any)  { l.at(slog.LevelDebug, f, a) }
+func (l badgerLogger) Debugf(f string, a ...any) {} // one message a write: its arguments alone cost more than the write
 
 // syncDir makes renames and new files in dir durable.
 func syncDir(dir string) error {

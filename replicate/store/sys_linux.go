@@ -28,6 +28,20 @@ func diskSpace(dir string) (free, total int64, err error) {
 	return int64(st.Bavail) * st.Bsize, int64(st.Blocks) * st.Bsize, nil
 }
 
+// reserve gives the first size bytes of a file blocks, and leaves them as they are.
+func reserve(name string, size int64) error {
+	f, err := os.OpenFile(name, os.O_RDWR, 0)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	info, err := f.Stat()
+	if err != nil {
+		return err
+	}
+	return syscall.Fallocate(int(f.Fd()), 0, 0, min(size, info.Size()))
+}
+
 // allocate gives the file real blocks; a sparse ballast would weigh nothing.
 func allocate(f *os.File, size int64) error {
 	return syscall.Fallocate(int(f.Fd()), 0, 0, size)

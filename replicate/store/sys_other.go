@@ -20,4 +20,6 @@ func diskSpace(string) (free, total int64, err error) {
 	return math.MaxInt64 / 2, math.MaxInt64 / 2, nil
 }
 
+func reserve(string, int64) error { return errors.ErrUnsupported }
+
 func allocate(*os.File, int64) error { return errors.ErrUnsupported }
