@@ -239,6 +239,7 @@ func TestWhoDoesNotBelongIsToldWhy(t *testing.T) {
 				}
 			}
 			waitFor(t, "counted again", func() bool { return b.metrics.Strangers(test.why) == 2 })
+			_ = b.close() // it has logged what it will
 			if n := strings.Count(b.log.String(), "\n"); n != 1 {
 				t.Errorf("%d lines:\n%s", n, b.log)
 			}
@@ -610,6 +611,56 @@ func TestRaftSpeaksThroughThePeerPort(t *testing.T) {
 	if len(ends) != 0 {
 		t.Error("told twice")
 	}
+}
+
+// However often a dead connection is tried, its end is told once; the port's own end, never.
+func TestAnEndIsToldOnce(t *testing.T) {
+	d := &directory{}
+	a, b := openTestPeer(t, d, nil), openTestPeer(t, d, nil)
+	ends := make(chan string, 16)
+	stream := newRaftStream(b.peerPort, b.id.node, func(node string) { ends <- node })
+	b.handle(peerRaft, stream.take)
+	dial := func() net.Conn {
+		t.Helper()
+		conn, err := newRaftStream(a.peerPort, a.id.node, nil).Dial(raft.ServerAddress(b.id.node), time.Minute)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return conn
+	}
+	for range 2 {
+		conn := dial()
+		accepted, err := stream.Accept()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer accepted.Close()
+		_ = conn.Close()
+		for range 3 {
+			if _, err := accepted.Read(make([]byte, 1)); err == nil {
+				t.Error("read something")
+			}
+		}
+		if len(ends) != 1 || <-ends != a.id.node {
+			t.Errorf("%d more ends", len(ends))
+		}
+	}
+	third, waiting := dial(), dial()
+	defer third.Close()
+	defer waiting.Close()
+	open, err := stream.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	_ = b.close() // ends the one that raft never took as well, or its taker would stay
+	if _, err := open.Read(make([]byte, 1)); !errors.Is(err, net.ErrClosed) || len(ends) != 0 {
+		t.Errorf("%v, %d ends", err, len(ends))
+	}
+	waitFor(t, "both forgotten", func() bool {
+		stream.mu.Lock()
+		defer stream.mu.Unlock()
+		return len(stream.conns) == 3 // those that raft has, and has not closed
+	})
 }
 
 // Closing our own side is no sign of anybody's death.

@@ -106,7 +106,7 @@ type raftConn struct {
 	net.Conn
 	stream *raftStream
 	from   string
-	once   sync.Once // ended, or closed by us
+	once   sync.Once // ended
 }
 
 func (c *raftConn) Read(b []byte) (int, error) {
@@ -133,7 +133,6 @@ func (c *raftConn) lost(err error) {
 }
 
 func (c *raftConn) Close() error {
-	c.once.Do(func() {})
 	c.stream.mu.Lock()
 	delete(c.stream.conns, c)
 	c.stream.mu.Unlock()

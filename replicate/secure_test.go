@@ -439,6 +439,7 @@ func TestWithoutSecurityOnlyLoopbackPeersAreAccepted(t *testing.T) {
 				return
 			}
 			a.refusedFor(tracing.StrangerAddress, "192.0.2.1", "--join-token", "--peer-cert", "--insecure-peers")
+			synctest.Wait()
 			if b.metrics.Strangers(tracing.StrangerAddress) != 0 { // it was left alone, and learnt nothing
 				t.Error("the other side was spoken to")
 			}

@@ -129,6 +129,9 @@ func TestTheHighestTermHolds(t *testing.T) {
 		f.says(10, a.id.node)
 		f.publish(true, 11)
 		f.says(11, f.id.node)
+		if n := f.metrics.Value(tracing.PeerDials); n != 2 {
+			t.Errorf("%d dials, for two other voters", n)
+		}
 		a.says(10, a.id.node) // it keeps no stream to f
 		f.publish(false, 11)
 		f.says(11, "")
@@ -405,6 +408,7 @@ func TestNonsenseEndsAStream(t *testing.T) {
 		"empty":              {0, 0, 0, 0},
 		"cut off":            {0, 0, 0, 3, sayActive, 1, 2},
 		"members cut off":    append([]byte{0, 0, 0, 34, sayConfiguration}, append(make([]byte, 32), 1)...),
+		"too many members":   append([]byte{0, 0, 4, 0x32, sayConfiguration}, append(append(make([]byte, 32), maxMembers+1), make([]byte, 1040)...)...),
 		"facts of no object": {0, 0, 0, 3, sayFacts, '[', ']'},
 	} {
 		inStatusNet(t, func(t *testing.T, n *statusNet) {
