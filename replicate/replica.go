@@ -194,14 +194,35 @@ func (r *replica) lead() {
 func (r *replica) giveUp(term uint64) {
 	if !r.lone() {
 		err := r.raft.LeadershipTransfer().Error()
+		for errors.Is(err, raft.ErrLeadershipTransferInProgress) { // by reconcileRoles: it is why the activation ended, perhaps
+			if !r.await(r.retry/10) || !r.leadsIn(term) {
+				return
+			}
+			err = r.raft.LeadershipTransfer().Error()
+		}
 		if err == nil {
 			return
 		}
 		r.log.Debug("handing leadership over", "term", term, "err", err)
 	}
-	if now, leading := r.leadership(); leading && now == term {
+	if r.leadsIn(term) {
 		r.log.Debug("forcing a new term", "term", term)
 		r.transport.campaign(r.id)
+	}
+}
+
+func (r *replica) leadsIn(term uint64) bool {
+	now, leading := r.leadership()
+	return leading && now == term
+}
+
+// await waits; false: the run is at its end.
+func (r *replica) await(d time.Duration) bool {
+	select {
+	case <-time.After(d):
+		return true
+	case <-r.stop:
+		return false
 	}
 }
 

@@ -144,7 +144,7 @@ func (r *roles) carryOut(kind changeKind, id string) error {
 		r.log.Debug("changing roles", "change", kind, "node", id, "why", c.why, "err", err)
 		return err
 	}
-	r.log.Info("roles changed", "change", kind, "node", id, "why", c.why)
+	r.log.Info("roles changed", "change", kind.String(), "node", id, "why", c.why)
 	switch kind {
 	case addStandby:
 		r.seen[id] = sighting{since: now}
