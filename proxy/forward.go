@@ -252,7 +252,11 @@ func (l *link) cut(why error) {
 	l.mu.Unlock()
 	_ = l.conn.Close()
 	l.forwarder.setLink(l.to, l, nil) // before anything comes back and asks where to go
-	l.forwarder.proxy.logger.Debug("link to the active sidecar ended", "peer", l.to.node, "term", l.to.term, "streams", len(streams), "err", why)
+	p := l.forwarder.proxy
+	if errors.Is(why, errLinkSilent) || errors.Is(why, errLinkAnswers) || errors.Is(why, errPeerMistake) || errors.Is(why, wire.ErrMalformed) || errors.Is(why, wire.ErrShort) {
+		p.complainOf("link ended "+l.to.node, 1, fmt.Sprintf("the link to the active sidecar %s is given up: %v; trying another", l.to.node, why))
+	}
+	p.logger.Debug("link to the active sidecar ended", "peer", l.to.node, "term", l.to.term, "streams", len(streams), "err", why)
 	for _, st := range streams {
 		st.session.comeBack(st)
 	}
