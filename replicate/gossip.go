@@ -139,8 +139,8 @@ const (
 
 // openGossip binds the gossip port and looks for the others, for ever and in the background. peerAddr is what peers are
 // told of our peer port; tags, which may be nil, gives the tags of the start.
-func openGossip(c ClusterConfig, node, peerAddr string, tags func() map[string]string, logger *slog.Logger) (*gossip, error) {
-	return openGossipWith(c, node, peerAddr, tags, logger, defaultGossipTiming, gossipHooks{})
+func openGossip(c ClusterConfig, node, peerAddr string, tags func() map[string]string, logger *slog.Logger, hooks gossipHooks) (*gossip, error) {
+	return openGossipWith(c, node, peerAddr, tags, logger, defaultGossipTiming, hooks)
 }
 
 func openGossipWith(c ClusterConfig, node, peerAddr string, tags func() map[string]string, logger *slog.Logger, timing gossipTiming, hooks gossipHooks) (*gossip, error) {
@@ -512,11 +512,11 @@ func (g *gossip) leave() error {
 // close ends everything; without leave before, the others have to find out.
 func (g *gossip) close() (err error) {
 	g.closing.Do(func() {
-		g.note()
 		g.transport.cancel()
 		err = g.serf.Shutdown()
 		close(g.stop)
 		g.workers.Wait()
+		g.note()
 	})
 	return err
 }

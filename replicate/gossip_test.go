@@ -10,6 +10,8 @@ import (
 	"sync/atomic"
 	"testing"
 	"time"
+
+	"github.com/offset-sidecar/offset-sidecar/replicate/store"
 )
 
 // hurried is for a busy machine all the same: a member is failed after five probes at the earliest.
@@ -185,12 +187,12 @@ func TestAJoinTokenIsAGossipKey(t *testing.T) {
 func TestWithoutSecurityGossipStaysOnLoopback(t *testing.T) {
 	c := gossipConfig()
 	c.Advertise = "192.0.2.1"
-	_, err := openGossip(c, "a", "192.0.2.1:7947", nil, slog.New(slog.DiscardHandler))
+	_, err := openGossip(c, "a", "192.0.2.1:7947", nil, slog.New(slog.DiscardHandler), gossipHooks{})
 	if err == nil || !strings.Contains(err.Error(), "open to everybody") {
 		t.Fatal(err)
 	}
 	c.Security.Insecure = true
-	g, err := openGossip(c, "a", "192.0.2.1:7947", nil, slog.New(slog.DiscardHandler))
+	g, err := openGossip(c, "a", "192.0.2.1:7947", nil, slog.New(slog.DiscardHandler), gossipHooks{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -360,12 +362,12 @@ func TestTagsThatDoNotFitAreRefused(t *testing.T) {
 	}
 	c := gossipConfig()
 	c.Zone = strings.Repeat("x", 512)
-	if g, err := openGossip(c, "b", "", nil, slog.New(slog.DiscardHandler)); err == nil {
+	if g, err := openGossip(c, "b", "", nil, slog.New(slog.DiscardHandler), gossipHooks{}); err == nil {
 		t.Error("opened", g.close())
 	}
 	for _, bad := range []ClusterConfig{{Gossip: "127.0.0.1"}, {Gossip: "127.0.0.1:x"}, {Gossip: "127.0.0.1:0", Name: strings.Repeat("x", 256)},
 		{Gossip: "127.0.0.1:0", Security: Security{Keyring: [][]byte{[]byte("short")}}}} {
-		if g, err := openGossip(bad, "b", "", nil, slog.New(slog.DiscardHandler)); err == nil {
+		if g, err := openGossip(bad, "b", "", nil, slog.New(slog.DiscardHandler), gossipHooks{}); err == nil {
 			t.Errorf("%+v was opened: %v", bad, g.close())
 		}
 	}
@@ -398,5 +400,23 @@ func TestTwoProcessesWithOneIdentityAreReported(t *testing.T) {
 	case <-reported:
 	case <-time.After(time.Minute):
 		t.Error("nobody was told")
+	}
+}
+
+func TestTheStoreKeepsTheOthersAddresses(t *testing.T) {
+	s, err := store.Open(store.Options{Logger: slog.New(slog.DiscardHandler)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	hooks := storedHooks(s.Local(), nil, slog.New(slog.DiscardHandler))
+	if got := hooks.recall(); len(got) != 0 {
+		t.Error(got)
+	}
+	want := []string{"127.0.0.1:1", "[::1]:2"}
+	hooks.remember(want)
+	hooks.remember(want)
+	if got := storedHooks(s.Local(), nil, nil).recall(); !slices.Equal(got, want) {
+		t.Error(got)
 	}
 }

@@ -3,6 +3,7 @@ package replicate
 import (
 	"context"
 	"log"
+	"log/slog"
 	"net"
 	"slices"
 	"strings"
@@ -11,6 +12,8 @@ import (
 	"time"
 
 	"github.com/hashicorp/memberlist"
+	"github.com/offset-sidecar/offset-sidecar/replicate/store"
+	"github.com/offset-sidecar/offset-sidecar/tracing"
 )
 
 // join looks for the others for as long as this runs: often while there is nobody, and later so that the halves of a
@@ -173,6 +176,35 @@ func (g *gossip) note() {
 	}
 	slices.Sort(addresses)
 	g.hooks.remember(addresses[:min(len(addresses), rememberAddresses)])
+}
+
+// gossipAddressesKey is the local key under which the others' gossip addresses are noted, one a line.
+const gossipAddressesKey = "gossip-addresses"
+
+// storedHooks keep addresses in the store, and count strangers.
+func storedHooks(local *store.Local, metrics *tracing.Metrics, logger *slog.Logger) gossipHooks {
+	var noted string
+	return gossipHooks{
+		recall: func() []string {
+			value, err := local.Get(gossipAddressesKey)
+			if err != nil {
+				logger.Debug("reading the others' addresses", "err", err)
+			}
+			return strings.Fields(string(value))
+		},
+		remember: func(addresses []string) {
+			text := strings.Join(addresses, "\n")
+			if text == noted {
+				return
+			}
+			if err := local.Put(gossipAddressesKey, []byte(text)); err != nil {
+				logger.Debug("noting the others' addresses", "err", err)
+				return
+			}
+			noted = text
+		},
+		stranger: func() { metrics.Stranger(tracing.StrangerGossip) },
+	}
 }
 
 // gossipTransport is memberlist's own, but its dials end when it is closed; and tests cut it.

@@ -2,6 +2,7 @@ package replicate
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"time"
 )
@@ -23,16 +24,14 @@ func (l leaver) leave(ctx context.Context) error {
 	if !l.enlisted() || !l.company() {
 		return nil
 	}
-	if err := l.announce(); err != nil {
-		return fmt.Errorf("leaving: %w", err)
-	}
+	announced := l.announce() // an error may mean that it took long: the tag is set
 	poll := time.NewTicker(leavePoll)
 	defer poll.Stop()
 	for l.enlisted() && l.company() {
 		select {
 		case <-poll.C:
 		case <-ctx.Done():
-			return fmt.Errorf("leaving: no leader has taken this sidecar out of the cluster: %w", context.Cause(ctx))
+			return fmt.Errorf("leaving: no leader has taken this sidecar out of the cluster: %w", errors.Join(context.Cause(ctx), announced))
 		}
 	}
 	return nil

@@ -84,7 +84,7 @@ func (n *Node) openMember(c ClusterConfig) error {
 		return fmt.Errorf("--peer %s: %w", c.Peer, err)
 	}
 	m.status = openStatus(m.port, m.facts, n.log)
-	m.gossip, err = openGossip(c, string(n.id), m.peerAddr(), m.tags, n.log)
+	m.gossip, err = openGossip(c, string(n.id), m.peerAddr(), m.tags, n.log, storedHooks(n.store.Local(), n.config.Metrics, n.log))
 	if err != nil {
 		return fmt.Errorf("--gossip %s: %w", c.Gossip, err)
 	}

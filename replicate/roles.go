@@ -69,7 +69,14 @@ type sighting struct {
 
 var errNotPlanned = errors.New("the roles' plan has changed")
 
-func newRoles(c rolesConfig) *roles { return &roles{rolesConfig: c, wake: make(chan struct{}, 1)} }
+func newRoles(c rolesConfig) *roles {
+	if c.maxVoters < 5 { // 3 or 5: an even number is no better than the odd one below
+		c.maxVoters = 3
+	} else {
+		c.maxVoters = 5
+	}
+	return &roles{rolesConfig: c, wake: make(chan struct{}, 1)}
+}
 
 // reconcileRoles keeps the roles until ctx ends. It is to run while this node leads; where raft knows better, its changes
 // fail and nothing happens.

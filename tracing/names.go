@@ -102,7 +102,7 @@ const (
 	labelMistake = "mistake"
 
 	nameStrangers = "offset_sidecar_peers_refused_total"
-	helpStrangers = "Connections to the peer port closed before anything was exchanged, by reason."
+	helpStrangers = "Connections to the peer port closed before anything was exchanged, and gossip refused, by reason."
 	labelReason   = "reason"
 
 	nameBuild    = "offset_sidecar_build_info"
@@ -126,7 +126,7 @@ const (
 
 var mistakes = [mistakeCount]string{"tls", "http", "frame_size", "header", "request", "upstream_reply"}
 
-// Stranger is why a connection to the peer port was closed before anything was exchanged.
+// Stranger is why a connection to the peer port was closed before anything was exchanged, or gossip was refused.
 type Stranger uint8
 
 // The reasons.
@@ -142,7 +142,8 @@ const (
 	StrangerNode                        // looks for another node
 	StrangerKind                        // wants what nothing here takes
 	StrangerConnections                 // there are too many
+	StrangerGossip                      // at the gossip port: without the key, or of another cluster
 	strangerCount
 )
 
-var strangers = [strangerCount]string{"address", "tls", "token", "silent", "garbage", "cluster", "cluster_id", "version", "node", "kind", "connections"}
+var strangers = [strangerCount]string{"address", "tls", "token", "silent", "garbage", "cluster", "cluster_id", "version", "node", "kind", "connections", "gossip"}
