@@ -253,9 +253,15 @@ func (g *guard) giveUp(why string) bool {
 	return true
 }
 
-func (s *Store) checkSpace() error {
+// Room fails with ErrNoSpace while appends of size bytes would. Who asks before it hands an entry to raft can refuse it
+// and go on leading: raft gives up leadership when its log fails.
+func (s *Store) Room(size int64) error {
 	if s.files == nil {
 		return nil
 	}
-	return s.files.guard.check(0)
+	return s.files.guard.check(size)
+}
+
+func (s *Store) checkSpace() error {
+	return s.Room(0)
 }
