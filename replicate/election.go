@@ -3,7 +3,6 @@ package replicate
 import (
 	"cmp"
 	"log/slog"
-	"slices"
 	"strconv"
 	"sync"
 	"time"
@@ -109,7 +108,7 @@ func (e *elections) look(from string) {
 		term := e.term()
 		if e.led(from) && e.refuses(from) {
 			e.logger.Info("the leader's process is gone", "node", from, "term", term)
-			e.try(term, raft.ServerID(from))
+			e.try(term, raft.ServerID(from), raft.ServerID(from))
 		}
 		e.mu.Lock()
 		if !e.looking[from] {
@@ -122,24 +121,25 @@ func (e *elections) look(from string) {
 	}
 }
 
-// try campaigns when it is our turn, unless a newer leader or term was seen before.
-func (e *elections) try(term uint64, gone ...raft.ServerID) {
-	wait := time.NewTimer(time.Duration(e.rank(gone)) * electionStep)
+// try campaigns when it is our turn among the voters but one, unless a newer term was seen before, or any leader but the
+// one that is gone ("": none).
+func (e *elections) try(term uint64, gone, except raft.ServerID) {
+	wait := time.NewTimer(time.Duration(e.rank(except)) * electionStep)
 	defer wait.Stop()
 	select {
 	case <-wait.C:
 	case <-e.stop:
 		return
 	}
-	if leader := e.leader(); e.following() && e.term() == term && (leader == "" || slices.Contains(gone, leader)) {
+	if leader := e.leader(); e.following() && e.term() == term && (leader == "" || leader == gone) {
 		e.campaign()
 	}
 }
 
-// rank is how many live voters come before us in the order of ids.
-func (e *elections) rank(gone []raft.ServerID) (rank int) {
+// rank is how many live voters but one come before us in the order of ids.
+func (e *elections) rank(except raft.ServerID) (rank int) {
 	for _, s := range e.configuration().Servers {
-		if s.Suffrage == raft.Voter && s.ID < e.id && !slices.Contains(gone, s.ID) && e.alive(string(s.ID)) {
+		if s.Suffrage == raft.Voter && s.ID < e.id && s.ID != except && e.alive(string(s.ID)) {
 			rank++
 		}
 	}
@@ -150,8 +150,8 @@ func (e *elections) rank(gone []raft.ServerID) (rank int) {
 // had not waited for its time-out, nobody may be able to win this election: the killed leader had reached some of us
 // only. Then we try ourselves, or all would wait for another time-out.
 func (e *elections) voteRefused(vote *raft.RequestVoteRequest) {
-	if !vote.LeadershipTransfer || e.term() != vote.Term {
-		return
+	if !vote.LeadershipTransfer || e.term() != vote.Term || e.leader() != "" {
+		return // for one: it has won already, and we lack what it has lacked only by what it sent us since
 	}
 	index, term := e.last()
 	if cmp.Or(cmp.Compare(term, vote.LastLogTerm), cmp.Compare(index, vote.LastLogIndex)) <= 0 {
@@ -165,6 +165,6 @@ func (e *elections) voteRefused(vote *raft.RequestVoteRequest) {
 	e.refused = max(e.refused, vote.Term)
 	e.mu.Unlock()
 	if !again {
-		e.spawn(func() { e.try(vote.Term, raft.ServerID(vote.ID)) })
+		e.spawn(func() { e.try(vote.Term, "", raft.ServerID(vote.ID)) })
 	}
 }

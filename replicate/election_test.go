@@ -154,6 +154,7 @@ func TestARefusedCandidateIsFollowedByWhoeverRefusedIt(t *testing.T) {
 		"we had voted for another":    {func(_ *fakeElections, v *raft.RequestVoteRequest) { v.LastLogIndex = 100 }, nil},
 		"its log is longer":           {func(_ *fakeElections, v *raft.RequestVoteRequest) { v.LastLogTerm = 8 }, nil},
 		"it came by time-out":         {func(_ *fakeElections, v *raft.RequestVoteRequest) { v.LeadershipTransfer = false }, nil},
+		"it has won":                  {func(f *fakeElections, _ *raft.RequestVoteRequest) { f.leads = "b" }, nil},
 		"an older term":               {func(_ *fakeElections, v *raft.RequestVoteRequest) { v.Term = 6 }, nil},
 		"we do not vote":              {func(f *fakeElections, _ *raft.RequestVoteRequest) { f.servers[2].Suffrage = raft.Nonvoter }, nil},
 	} {
@@ -171,6 +172,19 @@ func TestARefusedCandidateIsFollowedByWhoeverRefusedIt(t *testing.T) {
 			})
 		})
 	}
+}
+
+func TestARefusedCandidateThatWinsMeanwhileIsLeftAlone(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFakeElections("c", "a", "b", "c")
+		f.leads = ""
+		f.voteRefused(&raft.RequestVoteRequest{RPCHeader: raft.RPCHeader{ID: []byte("b")}, Term: 7, LastLogIndex: 99, LastLogTerm: 7, LeadershipTransfer: true})
+		time.Sleep(electionStep / 2)
+		f.mu.Lock()
+		f.leads = "b"
+		f.mu.Unlock()
+		f.is(t, 0)
+	})
 }
 
 func TestALoneVoterDoesNotWait(t *testing.T) {

@@ -3,6 +3,7 @@ package replicate
 import (
 	"errors"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -13,21 +14,24 @@ import (
 // fakeFences is a fences with hands instead of raft.
 type fakeFences struct {
 	fences
-	now     uint64
-	leading bool
+	now     atomic.Uint64
+	deposed atomic.Bool
+	hanging atomic.Bool
 	servers []raft.Server
 	kicks   int
 }
 
 func newFakeFences(voters ...raft.ServerID) *fakeFences {
-	f := &fakeFences{now: 5, leading: true}
+	f := &fakeFences{}
+	f.now.Store(5)
+	f.armed = true // check is not called
 	for _, id := range voters {
 		f.servers = append(f.servers, raft.Server{ID: id})
 	}
 	f.fences.id = "a"
-	f.fences.leadership = func() (uint64, bool) { return f.now, f.leading }
+	f.fences.leadership = func() (uint64, bool) { return f.now.Load(), !f.deposed.Load() }
 	f.fences.configuration = func() raft.Configuration { return raft.Configuration{Servers: f.servers} }
-	f.fences.hung = func() bool { return false }
+	f.fences.hung = f.hanging.Load
 	f.fences.kick = func(uint64) { f.kicks++ }
 	return f
 }
@@ -69,7 +73,7 @@ func TestAFenceOfALoneVoterIsCompleteAtOnce(t *testing.T) {
 	f.begin(t, 5).is(nil)
 	f.begin(t, 4).is(ErrNotLeader)
 	f.begin(t, 6).is(ErrNotLeader)
-	f.leading = false
+	f.deposed.Store(true)
 	f.begin(t, 5).is(ErrNotLeader)
 	if f.kicks != 0 {
 		t.Error("it asked somebody")
@@ -125,17 +129,17 @@ func TestAFenceNeedsAMajorityOfTheNewestConfiguration(t *testing.T) {
 func TestAFenceOfATermThatEndsFails(t *testing.T) {
 	f := newFakeFences("a", "b", "c")
 	one := f.begin(t, 5)
-	f.now = 6
+	f.now.Store(6)
 	f.acked("b", 5, f.clock.Load()) // a majority, but the term is over
 	one.is(ErrNotLeader)
-	f.now = 5
+	f.now.Store(5)
 	two := f.begin(t, 5)
 	f.over(5)
 	two.is(ErrNotLeader)
 	f.acked("b", 5, f.clock.Load())
 	two.is(ErrNotLeader)
 	f.begin(t, 5).is(ErrNotLeader) // who leads in 5 no more never will again
-	f.now = 7
+	f.now.Store(7)
 	three := f.begin(t, 7)
 	f.acked("b", 7, f.clock.Load())
 	three.is(nil)
@@ -143,12 +147,13 @@ func TestAFenceOfATermThatEndsFails(t *testing.T) {
 
 func TestAFenceNobodyFailsFailsByItself(t *testing.T) {
 	for name, lose := range map[string]func(*fakeFences){
-		"not leading": func(f *fakeFences) { f.leading = false },
-		"hung":        func(f *fakeFences) { f.fences.hung = func() bool { return true } },
+		"not leading": func(f *fakeFences) { f.deposed.Store(true) },
+		"hung":        func(f *fakeFences) { f.hanging.Store(true) },
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				f := newFakeFences("a", "b", "c")
+				f.armed = false
 				one := f.begin(t, 5)
 				time.Sleep(10 * fenceCheck)
 				synctest.Wait()

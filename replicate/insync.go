@@ -33,7 +33,8 @@ const noIndex = uint64(math.MaxUint64)
 // It learns from the transport (requests sent, answers, errors) and from the log (entries appended). What it knows is
 // of one term, the newest in which we sent anything or were told to begin.
 type insync struct {
-	configuration func() raft.Configuration // asked when a term begins
+	configuration func() raft.Configuration          // asked when a term begins
+	leadership    func() (term uint64, leading bool) // asked before somebody is taken out for being late
 	logger        *slog.Logger
 	advanced      chan struct{} // has one value if stored has risen since it was last taken
 
@@ -75,9 +76,9 @@ type replicaInfo struct {
 	Contact time.Time // zero: never
 }
 
-func newInsync(configuration func() raft.Configuration) *insync {
+func newInsync(configuration func() raft.Configuration, leadership func() (uint64, bool)) *insync {
 	return &insync{
-		configuration: configuration, logger: slog.New(slog.DiscardHandler), advanced: make(chan struct{}, 1),
+		configuration: configuration, leadership: leadership, logger: slog.New(slog.DiscardHandler), advanced: make(chan struct{}, 1),
 		replicas: map[raft.ServerID]*replicaProgress{},
 	}
 }
@@ -241,7 +242,7 @@ func (s *insync) acked(id raft.ServerID, term, index, previous uint64, now time.
 func (s *insync) closed(id raft.ServerID, term uint64, now time.Time) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if term == s.term {
+	if term == s.term && !s.over {
 		s.leave(id, now, "its connection has closed")
 	}
 }
@@ -316,6 +317,9 @@ func (s *insync) tick() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.timer = nil
+	if term, leading := s.leadership(); !leading || term != s.term {
+		s.over = true // whoever is to end the term may be slow to see it, and nobody is late any more
+	}
 	now := time.Now()
 	if next := s.check(now); !next.IsZero() {
 		s.arm(next.Sub(now))

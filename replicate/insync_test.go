@@ -22,7 +22,7 @@ func newScript(t *testing.T, members ...raft.ServerID) *script {
 	for _, id := range members {
 		c.Servers = append(c.Servers, raft.Server{ID: id})
 	}
-	s := &script{T: t, insync: newInsync(func() raft.Configuration { return c }), now: time.Unix(1e9, 0), prev: map[raft.ServerID]uint64{}}
+	s := &script{T: t, insync: newInsync(func() raft.Configuration { return c }, nil), now: time.Unix(1e9, 0), prev: map[raft.ServerID]uint64{}}
 	s.stop() // check is called by hand
 	s.begin(1)
 	return s

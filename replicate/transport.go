@@ -78,7 +78,7 @@ func newTransport(inner raft.Transport) *transport {
 		consumer:  make(chan raft.RPC),
 		stop:      make(chan struct{}),
 	}
-	t.insync = newInsync(t.configuration)
+	t.insync = newInsync(t.configuration, t.leadership)
 	t.fences = &fences{id: t.id, leadership: t.leadership, configuration: t.configuration, hung: t.hung, kick: t.ping}
 	t.spawn(t.relay)
 	return t

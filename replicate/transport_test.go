@@ -25,7 +25,7 @@ type raftMember struct {
 	id    raft.ServerID
 	raft  *raft.Raft
 	t     *transport
-	inner *raft.InmemTransport
+	inner *raft.InmemTransport // nil over pipes
 	log   *gatedLog
 	fsm   *countFSM
 }
@@ -131,14 +131,29 @@ func testLogger() *slog.Logger {
 	return slog.New(slog.DiscardHandler)
 }
 
-// newCluster starts voters and standbys and waits for the first to lead.
+// newCluster starts voters and standbys over raft's in-memory transport and waits for the first to lead.
 func newCluster(t *testing.T, voters, standbys int) *cluster {
+	t.Helper()
+	return startCluster(t, voters, standbys, func(c *cluster, m *raftMember) raft.Transport {
+		_, m.inner = raft.NewInmemTransportWithTimeout(raft.ServerAddress(m.id), 3*time.Second)
+		for _, o := range c.members {
+			m.inner.Connect(raft.ServerAddress(o.id), o.inner)
+			o.inner.Connect(raft.ServerAddress(m.id), m.inner)
+		}
+		return m.inner
+	})
+}
+
+// startCluster starts members that talk through what connect makes for each.
+func startCluster(t *testing.T, voters, standbys int, connect func(*cluster, *raftMember) raft.Transport) *cluster {
 	t.Helper()
 	c := &cluster{T: t, net: &network{cut: map[link]bool{}, deaf: map[link]bool{}, double: map[link]bool{}, delay: map[link]time.Duration{}}}
 	var all raft.Configuration
 	for i := range voters + standbys {
 		m := &raftMember{id: raft.ServerID(fmt.Sprintf("node-%d", i)), log: newGatedLog(), fsm: &countFSM{}}
-		_, m.inner = raft.NewInmemTransportWithTimeout(raft.ServerAddress(m.id), 3*time.Second)
+		m.t = newTransport(connect(c, m))
+		m.t.faults = memberFaults{c.net, m.id}
+		m.t.insync.logger = testLogger().With("at", m.id)
 		s := raft.Server{ID: m.id, Address: raft.ServerAddress(m.id)}
 		if i >= voters {
 			s.Suffrage = raft.Nonvoter
@@ -147,12 +162,6 @@ func newCluster(t *testing.T, voters, standbys int) *cluster {
 		c.members = append(c.members, m)
 	}
 	for _, m := range c.members {
-		for _, o := range c.members {
-			m.inner.Connect(raft.ServerAddress(o.id), o.inner)
-		}
-		m.t = newTransport(m.inner)
-		m.t.faults = memberFaults{c.net, m.id}
-		m.t.insync.logger = testLogger().With("at", m.id)
 		rc := raftConfig(Config{RaftTimeout: 500 * time.Millisecond, Logger: testLogger().With("at", m.id)}, m.id)
 		snapshots := raft.NewInmemSnapshotStore()
 		if err := raft.BootstrapCluster(rc, m.log, m.log, snapshots, m.t, all); err != nil {

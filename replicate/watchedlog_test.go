@@ -86,7 +86,7 @@ type failingLog struct{ *raft.InmemStore }
 func (failingLog) StoreLogs([]*raft.Log) error { return errors.New("no") }
 
 func TestWhatWasNotWrittenIsNotLearnt(t *testing.T) {
-	s := newInsync(func() raft.Configuration { return raft.Configuration{} })
+	s := newInsync(func() raft.Configuration { return raft.Configuration{} }, nil)
 	l := &watchedLog{LogStore: failingLog{raft.NewInmemStore()}, insync: s, base: time.Now()}
 	if l.StoreLog(&raft.Log{Index: 1}) == nil || s.last != 0 {
 		t.Fatalf("last is %d", s.last)

@@ -1,0 +1,266 @@
+package replicate
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"net"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/hashicorp/raft"
+)
+
+// pipeNet is a network of pipes for raft's network transport, in one process: each member listens by its id.
+type pipeNet struct {
+	mu      sync.Mutex
+	streams map[string]*pipeStream
+}
+
+type pipeStream struct {
+	net      *pipeNet
+	node     string
+	incoming chan net.Conn
+	ended    func(from string) // may be nil
+
+	mu     sync.Mutex
+	conns  []net.Conn // ours, of both directions
+	closed bool
+	stop   chan struct{}
+}
+
+func (p *pipeNet) stream(node string) *pipeStream {
+	s := &pipeStream{net: p, node: node, incoming: make(chan net.Conn), stop: make(chan struct{})}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.streams[node] = s
+	return s
+}
+
+func (s *pipeStream) Addr() net.Addr { return nodeAddr(s.node) }
+
+func (s *pipeStream) Accept() (net.Conn, error) {
+	select {
+	case c := <-s.incoming:
+		return c, nil
+	case <-s.stop:
+		return nil, net.ErrClosed
+	}
+}
+
+// Close closes everything, as the end of a process does.
+func (s *pipeStream) Close() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if !s.closed {
+		s.closed = true
+		close(s.stop)
+		for _, c := range s.conns {
+			_ = c.Close()
+		}
+	}
+	return nil
+}
+
+func (s *pipeStream) keep(c net.Conn) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if !s.closed {
+		s.conns = append(s.conns, c)
+	}
+	return !s.closed
+}
+
+func (s *pipeStream) Dial(address raft.ServerAddress, _ time.Duration) (net.Conn, error) {
+	s.net.mu.Lock()
+	to := s.net.streams[string(address)]
+	s.net.mu.Unlock()
+	here, there := net.Pipe()
+	if to == nil || !s.keep(here) || !to.keep(there) {
+		return nil, &net.OpError{Op: "dial", Net: "pipe", Err: syscall.ECONNREFUSED}
+	}
+	select {
+	case to.incoming <- &pipeEnd{Conn: there, to: to, from: s.node}:
+		return here, nil
+	case <-to.stop:
+		return nil, &net.OpError{Op: "dial", Net: "pipe", Err: syscall.ECONNREFUSED}
+	}
+}
+
+// pipeEnd is an incoming connection: it tells when the other side has closed it.
+type pipeEnd struct {
+	net.Conn
+	to   *pipeStream
+	from string
+}
+
+func (e *pipeEnd) Read(b []byte) (int, error) {
+	n, err := e.Conn.Read(b)
+	if err != nil && e.to.ended != nil && !errors.Is(err, net.ErrClosed) {
+		e.to.ended(e.from)
+	}
+	return n, err
+}
+
+func (s *pipeStream) refuses(node string) bool {
+	c, err := s.Dial(raft.ServerAddress(node), 0)
+	if err == nil {
+		_ = c.Close()
+	}
+	return err != nil
+}
+
+// overPipes runs a test of members whose connections close as those of processes do; elections are by them.
+func overPipes(t *testing.T, voters, standbys, maxInFlight int, test func(c *cluster, kill func(*raftMember))) {
+	t.Helper()
+	synctest.Test(t, func(t *testing.T) {
+		p := &pipeNet{streams: map[string]*pipeStream{}}
+		c := startCluster(t, voters, standbys, func(_ *cluster, m *raftMember) raft.Transport {
+			return raft.NewNetworkTransportWithConfig(&raft.NetworkTransportConfig{
+				Stream: p.stream(string(m.id)), MaxPool: 3, MaxRPCsInFlight: maxInFlight, Timeout: 2 * time.Second,
+				Logger: &raftLogger{log: testLogger().With("at", m.id)},
+			})
+		})
+		for _, m := range c.members {
+			s := p.streams[string(m.id)]
+			s.ended = m.t.elections(nil, s.refuses, testLogger().With("at", m.id)).ended
+		}
+		defer func() {
+			c.close()
+			for _, s := range p.streams {
+				_ = s.Close() // a raft transport leaves pooled connections open
+			}
+		}()
+		test(c, func(m *raftMember) { _ = p.streams[string(m.id)].Close() })
+	})
+}
+
+// reasons collects why replicas have left the in-sync set.
+type reasons struct {
+	slog.Handler
+	mu  sync.Mutex
+	all []string
+}
+
+func (r *reasons) Enabled(context.Context, slog.Level) bool { return true }
+func (r *reasons) Handle(_ context.Context, rec slog.Record) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	rec.Attrs(func(a slog.Attr) bool {
+		if a.Key == "reason" {
+			r.all = append(r.all, a.Value.String())
+		}
+		return true
+	})
+	return nil
+}
+
+func TestAKilledFollowerHoldsNothingUp(t *testing.T) {
+	for _, inFlight := range []int{1, 2} { // without and with raft's pipeline
+		overPipes(t, 3, 1, inFlight, func(c *cluster, kill func(*raftMember)) {
+			leader := c.members[0]
+			why := &reasons{}
+			leader.t.insync.mu.Lock()
+			leader.t.insync.logger = slog.New(why)
+			leader.t.insync.mu.Unlock()
+			c.await("all are in sync", func() bool {
+				return leader.insync(c.members[1]) && leader.insync(c.members[2]) && leader.insync(c.members[3])
+			})
+			stored := func(within time.Duration) {
+				c.Helper()
+				start := time.Now()
+				index := c.apply(leader)
+				c.await("all that are there have it", func() bool { return leader.t.insync.has(index) })
+				if took := time.Since(start); took > within {
+					c.Errorf("an entry took %v", took)
+				}
+			}
+			for range 30 {
+				stored(2 * time.Millisecond)
+			}
+			kill(c.members[3])
+			stored(2 * time.Millisecond)
+			kill(c.members[1])
+			stored(2 * time.Millisecond)
+			if err := c.outcome(leader.fence()); err != nil {
+				c.Error(err)
+			}
+			why.mu.Lock()
+			defer why.mu.Unlock()
+			if len(why.all) != 2 || strings.Join(why.all, "") != strings.Repeat("its connection has closed", 2) {
+				c.Errorf("left because of %q", why.all)
+			}
+		})
+	}
+}
+
+func TestAKilledLeadersClosedConnectionsElectTheNext(t *testing.T) {
+	for _, inFlight := range []int{1, 2} {
+		overPipes(t, 3, 2, inFlight, func(c *cluster, kill func(*raftMember)) {
+			old := c.members[0]
+			for range 30 {
+				c.apply(old)
+			}
+			start := time.Now()
+			kill(old)
+			leader := c.another(old)
+			took := time.Since(start)
+			c.apply(leader)
+			if took > 3*electionStep {
+				c.Errorf("a new leader after %v", took)
+			}
+			if err := c.outcome(leader.fence()); err != nil {
+				c.Error(err)
+			}
+			c.await("the rest is in sync", func() bool {
+				n := 0
+				for _, m := range c.members {
+					if leader.insync(m) {
+						n++
+					}
+				}
+				return n == 3
+			})
+		})
+	}
+}
+
+// Stepping down closes raft's connections: that is our doing, and bars nobody.
+func TestWhoStepsDownBarsNobody(t *testing.T) {
+	overPipes(t, 3, 0, 2, func(c *cluster, _ func(*raftMember)) {
+		leader := c.members[0]
+		for range 6 {
+			c.await("both others are in sync", func() bool {
+				n := 0
+				for _, m := range c.members {
+					if leader.insync(m) {
+						n++
+					}
+				}
+				return n == 2
+			})
+			c.apply(leader)
+			start := time.Now()
+			if err := leader.raft.LeadershipTransfer().Error(); err != nil {
+				c.Fatal(err)
+			}
+			leader = c.another(leader)
+			c.await("both others are in sync", func() bool {
+				n := 0
+				for _, m := range c.members {
+					if leader.insync(m) {
+						n++
+					}
+				}
+				return n == 2
+			})
+			if took := time.Since(start); took > barFirst/2 {
+				c.Errorf("it took %v", took)
+			}
+		}
+	})
+}
