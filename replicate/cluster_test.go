@@ -7,8 +7,6 @@ import (
 	"sync"
 	"testing"
 	"time"
-
-	"github.com/hashicorp/raft"
 )
 
 // sidecar drives a Node as a coordinator would, on a goroutine of its own: it takes events and, while active, appends
@@ -21,10 +19,9 @@ type sidecar struct {
 	appends chan *appendCall
 	done    chan struct{}
 
-	mu     sync.Mutex
-	term   uint64 // active in it; 0: not
-	state  map[string]string
-	closed bool
+	mu    sync.Mutex
+	term  uint64 // active in it; 0: not
+	state map[string]string
 }
 
 // appendCall is one entry to be appended; done gets nil once it is applied and stored.
@@ -298,7 +295,32 @@ func (f *fleet) put(key, value string) {
 	})
 }
 
+// stopped ends one of them, cleanly or as a crash would.
+func (f *fleet) stopped(s *sidecar, leave bool) {
+	f.Helper()
+	if leave {
+		ctx, cancel := context.WithTimeout(context.Background(), 60*time.Second)
+		defer cancel()
+		if err := s.n.Leave(ctx); err != nil {
+			f.Fatal(err)
+		}
+	}
+	s.stop()
+}
+
+// configuration gives the roles by raft's configuration, as the active one knows it.
+func (f *fleet) configuration() map[string]string {
+	found := map[string]string{}
+	for _, m := range f.active().n.Members() {
+		if m.Role == RoleVoter || m.Role == RoleStandby {
+			found[m.ID] = m.Role
+		}
+	}
+	return found
+}
+
 func TestThreeSidecarsBecomeThreeVotersByThemselves(t *testing.T) {
+	t.Parallel()
 	f := newFleet(t, 3, nil)
 	f.await("three voters", func() bool { return f.roles()[RoleVoter] == 3 })
 	for i := range 20 {
@@ -310,17 +332,120 @@ func TestThreeSidecarsBecomeThreeVotersByThemselves(t *testing.T) {
 }
 
 func TestKillOfTheActiveOneLosesNothingAndAnotherTakesOver(t *testing.T) {
+	t.Parallel()
 	f := newFleet(t, 3, nil)
 	f.await("three voters", func() bool { return f.roles()[RoleVoter] == 3 })
 	f.put("before", "1")
-	old := f.active()
-	began := time.Now()
-	old.stop()
+	f.stopped(f.active(), false)
 	f.put("after", "2")
-	t.Logf("%v from the stop to the first append", time.Since(began))
 	if got := f.active().value("before"); got != "1" {
 		t.Fatalf("before is %q", got)
 	}
 }
 
-var _ raft.ServerID
+func TestTwoSidecarsAreAVoterAndAStandby(t *testing.T) {
+	t.Parallel()
+	f := newFleet(t, 2, nil)
+	f.await("voter and standby", func() bool { r := f.roles(); return r[RoleVoter] == 1 && r[RoleStandby] == 1 })
+	f.put("key", "value")
+	f.await("copy on the standby", func() bool { return f.all[0].value("key") == "value" && f.all[1].value("key") == "value" })
+}
+
+func TestSixSidecarsHaveThreeVotersTwoStandbysAndOneForwarder(t *testing.T) {
+	t.Parallel()
+	f := newFleet(t, 6, nil)
+	f.await("three voters, two standbys, one forwarder", func() bool {
+		r := f.roles()
+		return r[RoleVoter] == 3 && r[RoleStandby] == 2 && r[RoleForwarder] == 1
+	})
+	f.put("key", "value")
+	f.await("everyone to know who is active", func() bool {
+		active := f.active().n.ID()
+		for _, s := range f.all {
+			if _, node, _ := s.n.Active(); node != active {
+				return false
+			}
+		}
+		return true
+	})
+	var victim *sidecar
+	for _, s := range f.all {
+		if s.n.Status().Role == RoleVoter && !s.active() {
+			victim = s
+		}
+	}
+	f.stopped(victim, false)
+	f.await("dead voter to be replaced", func() bool {
+		r := f.roles()
+		return r[RoleVoter] == 3 && r[RoleStandby] == 2 && r[RoleForwarder] == 0 && f.configuration()[victim.n.ID()] == ""
+	})
+}
+
+func TestExactlyOneOfThreeThatExpectEachOtherFoundsTheCluster(t *testing.T) {
+	t.Parallel()
+	f := newFleet(t, 3, func(i int, c *Config) { c.Cluster.BootstrapExpect = 3 })
+	f.await("three voters", func() bool { return f.roles()[RoleVoter] == 3 })
+	id := f.all[0].n.Status().ClusterID
+	for _, s := range f.all {
+		if got := s.n.Status().ClusterID; got != id || id == "" {
+			t.Fatalf("cluster ids %q and %q", id, got)
+		}
+	}
+}
+
+func TestCleanExitsShrinkTheClusterToOneAndWhoComesBackIsTakenIn(t *testing.T) {
+	t.Parallel()
+	f := newFleet(t, 3, nil)
+	f.await("three voters", func() bool { return f.roles()[RoleVoter] == 3 })
+	f.put("key", "value")
+	var dirs []string
+	for _, s := range f.all[:2] { // the first is the active one
+		f.stopped(s, true)
+		dirs = append(dirs, s.dir)
+		f.put("key", "value of those who stay")
+	}
+	last := f.all[2]
+	f.await("cluster of one", func() bool { return len(f.configuration()) == 1 && f.configuration()[last.n.ID()] == RoleVoter })
+	for _, dir := range dirs {
+		f.add(dir, nil)
+	}
+	f.await("three voters again", func() bool { return f.roles()[RoleVoter] == 3 })
+	f.put("another", "value")
+	for _, s := range f.all[2:] {
+		f.await("copy on every replica", func() bool { return s.value("another") == "value" })
+	}
+}
+
+func TestAWipedMemberComesBackAsANewNode(t *testing.T) {
+	t.Parallel()
+	f := newFleet(t, 3, nil)
+	f.await("three voters", func() bool { return f.roles()[RoleVoter] == 3 })
+	f.put("key", "value")
+	old := f.all[1]
+	f.stopped(old, false)
+	fresh := f.add(t.TempDir(), nil)
+	f.await("new voter in the old one's place", func() bool {
+		c := f.configuration()
+		return c[fresh.n.ID()] == RoleVoter && c[old.n.ID()] == "" && len(c) == 3
+	})
+	f.await("copy", func() bool { return fresh.value("key") == "value" })
+}
+
+func TestAllRestartedWithOtherAddressesFindEachOther(t *testing.T) {
+	t.Parallel()
+	f := newFleet(t, 3, nil)
+	f.await("three voters", func() bool { return f.roles()[RoleVoter] == 3 })
+	f.put("key", "value")
+	old := f.all
+	for _, s := range old {
+		f.stopped(s, false)
+	}
+	f.all = nil
+	for _, s := range old { // ports are new: each is bound to 0
+		f.add(s.dir, nil)
+	}
+	f.put("another", "value")
+	for _, s := range f.all {
+		f.await("copy on every replica", func() bool { return s.value("key") == "value" && s.value("another") == "value" })
+	}
+}

@@ -136,6 +136,9 @@ func (n *Node) Members() []MemberInfo {
 			ID: g.ID, State: g.State.String(), Role: g.Tags[tagRole], Zone: g.Tags[tagZone], Machine: g.Tags[tagMachine],
 			Version: g.Tags[tagVersion], GossipAddr: g.GossipAddr, PeerAddr: g.PeerAddr,
 		}
+		if len(configuration.Servers) > 0 { // what we have from raft is newer
+			infos[g.ID].Role = RoleForwarder
+		}
 	}
 	for _, s := range configuration.Servers {
 		if infos[string(s.ID)] == nil {

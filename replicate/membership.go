@@ -550,7 +550,8 @@ func (m *membership) facts() facts {
 	fresh, err := m.node.store.Fresh()
 	f.HasState = err != nil || !fresh
 	if r := m.node.running.Load(); r != nil {
-		f.Term, f.LastIndex = r.raft.CurrentTerm(), r.raft.LastIndex()
+		f.Term = r.raft.CurrentTerm()
+		f.LastIndex, f.LastTerm = lastEntry(r.raft)
 		_, id := r.raft.LeaderWithID()
 		f.Leader = string(id)
 	} else if !f.HasState && m.birth != nil {
