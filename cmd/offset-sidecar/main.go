@@ -31,12 +31,13 @@ var version = ""
 func main() {
 	signals := make(chan os.Signal, 2)
 	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT)
-	limitMemory()
-	os.Exit((&program{stdout: os.Stdout, stderr: os.Stderr, lookup: os.LookupEnv, signals: signals, exit: os.Exit}).main(os.Args))
+	os.Exit((&program{stdout: os.Stdout, stderr: os.Stderr, lookup: os.LookupEnv, signals: signals, exit: os.Exit, opened: limitMemory}).main(os.Args))
 }
 
 // limitMemory trades collector time for a small resident set, unless the environment says otherwise: the live heap is a
-// few MB, and what is moved in bulk is spliced or pooled.
+// few MB, and what is moved in bulk is spliced or pooled. It is not called before a sidecar is open: badger's first
+// memtable is 10 MB that cost nothing until they are written, unless a collection before has freed memory for them, which
+// Go has to clear.
 func limitMemory() {
 	if os.Getenv("GOGC") == "" && os.Getenv("GOMEMLIMIT") == "" {
 		debug.SetGCPercent(50)
@@ -49,6 +50,7 @@ type program struct {
 	lookup         func(string) (string, bool) // environment
 	signals        <-chan os.Signal
 	exit           func(code int) // ends the process at once
+	opened         func()         // called once a sidecar is open, before it is ready; may be nil
 	started        func(*Sidecar) // told of the sidecar once it is ready; may be nil
 }
 

@@ -35,6 +35,9 @@ func (p *program) serve(config *Config, logger *slog.Logger) error {
 		return err
 	}
 	defer s.Close()
+	if p.opened != nil {
+		p.opened()
+	}
 	ctx, stop := context.WithCancel(context.Background())
 	defer stop()
 	ready := make(chan error, 1)
