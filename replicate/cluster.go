@@ -3,6 +3,8 @@ package replicate
 import (
 	"context"
 	"net"
+
+	"github.com/hashicorp/raft"
 )
 
 // Acks says which copies a reply waits for (--commit-acks).
@@ -33,6 +35,17 @@ type ClusterConfig struct {
 	Security               Security
 	// Forwarded takes over an incoming connection for forwarded requests, from the node of that id.
 	Forwarded func(conn net.Conn, from string)
+
+	seams seams
+}
+
+// seams are where tests put faults, and a hurry; in a sidecar that serves anybody all of them are nil.
+type seams struct {
+	dial   func(ctx context.Context, network, addr string) (net.Conn, error) // to peer ports
+	faults faults                                                            // of raft's requests
+	log    func(raft.LogStore) raft.LogStore                                 // round raft's log
+	gossip *gossipTiming
+	roles  *roleTiming
 }
 
 // Security of gossip and of the peer port. Without any of it peers are accepted on loopback addresses only, unless

@@ -18,6 +18,7 @@ type sidecar struct {
 	n       *Node
 	appends chan *appendCall
 	done    chan struct{}
+	observe func(*sidecar, Event) // told of each event before it is handled; nil: nobody wants to know
 
 	mu    sync.Mutex
 	term  uint64 // active in it; 0: not
@@ -28,13 +29,17 @@ type sidecar struct {
 type appendCall struct {
 	records []Record
 	done    chan error
+	index   uint64 // raft's, once done has got nil
 }
 
-var errNotActive = errors.New("not active")
+var (
+	errNotActive = errors.New("not active")             // nothing was appended
+	errUnknown   = errors.New("the outcome is unknown") // it may have been
+)
 
-func startSidecar(t *testing.T, c Config) *sidecar {
+func startSidecar(t *testing.T, c Config, observe func(*sidecar, Event)) *sidecar {
 	t.Helper()
-	s := &sidecar{T: t, dir: c.Dir, config: c, appends: make(chan *appendCall), done: make(chan struct{}), state: map[string]string{}}
+	s := &sidecar{T: t, dir: c.Dir, config: c, observe: observe, appends: make(chan *appendCall), done: make(chan struct{}), state: map[string]string{}}
 	n, err := Open(c)
 	if err != nil {
 		t.Fatal(err)
@@ -57,7 +62,7 @@ func (s *sidecar) run() {
 	defer close(s.done)
 	type waiting struct {
 		*appendCall
-		sequence, index uint64
+		sequence uint64
 	}
 	var (
 		term, sequence, stored uint64
@@ -66,7 +71,7 @@ func (s *sidecar) run() {
 	)
 	fail := func() {
 		for _, w := range queue {
-			w.done <- errNotActive
+			w.done <- errUnknown
 		}
 		queue, next, term = nil, nil, 0
 		s.set(0)
@@ -93,6 +98,9 @@ func (s *sidecar) run() {
 		case e, open := <-s.n.Events():
 			if !open {
 				return
+			}
+			if s.observe != nil {
+				s.observe(s, e)
 			}
 			switch e.Kind {
 			case Reset:
@@ -185,26 +193,31 @@ func (s *sidecar) value(key string) string {
 
 // append appends one record and waits for it.
 func (s *sidecar) append(ctx context.Context, key, value string) error {
-	call := &appendCall{records: []Record{{Partition: 0, Key: []byte(key), Value: []byte(value)}}, done: make(chan error, 1)}
+	return s.call(ctx, &appendCall{records: []Record{{Partition: 0, Key: []byte(key), Value: []byte(value)}}, done: make(chan error, 1)})
+}
+
+// call appends, and says what became of it: errNotActive is certainty that nothing did.
+func (s *sidecar) call(ctx context.Context, call *appendCall) error {
 	select {
 	case s.appends <- call:
 	case <-s.done:
 		return errNotActive
 	case <-ctx.Done():
-		return ctx.Err()
+		return errNotActive
 	}
 	select {
 	case err := <-call.done:
 		return err
 	case <-ctx.Done():
-		return ctx.Err()
+		return errUnknown
 	}
 }
 
 // fleet is a cluster in this process, over loopback.
 type fleet struct {
 	*testing.T
-	all []*sidecar
+	all     []*sidecar
+	observe func(*sidecar, Event)
 }
 
 func newFleet(t *testing.T, n int, change func(i int, c *Config)) *fleet {
@@ -229,7 +242,7 @@ func (f *fleet) add(dir string, change func(i int, c *Config)) *sidecar {
 	if change != nil {
 		change(len(f.all), &c)
 	}
-	s := startSidecar(f.T, c)
+	s := startSidecar(f.T, c, f.observe)
 	f.all = append(f.all, s)
 	return s
 }

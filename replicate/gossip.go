@@ -140,7 +140,11 @@ const (
 // openGossip binds the gossip port and looks for the others, for ever and in the background. peerAddr is what peers are
 // told of our peer port; tags, which may be nil, gives the tags of the start.
 func openGossip(c ClusterConfig, node, peerAddr string, tags func() map[string]string, logger *slog.Logger, hooks gossipHooks) (*gossip, error) {
-	return openGossipWith(c, node, peerAddr, tags, logger, defaultGossipTiming, hooks)
+	timing := defaultGossipTiming
+	if c.seams.gossip != nil {
+		timing = *c.seams.gossip
+	}
+	return openGossipWith(c, node, peerAddr, tags, logger, timing, hooks)
 }
 
 func openGossipWith(c ClusterConfig, node, peerAddr string, tags func() map[string]string, logger *slog.Logger, timing gossipTiming, hooks gossipHooks) (*gossip, error) {

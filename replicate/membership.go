@@ -77,7 +77,7 @@ func (n *Node) openMember(c ClusterConfig) error {
 		return err
 	}
 	m.port, err = openPeerPort(peerConfig{
-		bind: c.Peer, identity: m.identity, resolve: m.resolve, security: c.Security, logger: n.log, metrics: n.config.Metrics,
+		bind: c.Peer, dial: c.seams.dial, identity: m.identity, resolve: m.resolve, security: c.Security, logger: n.log, metrics: n.config.Metrics,
 		accept: map[peerKind]func(net.Conn, peerIdentity){peerRaft: m.acceptRaft, peerForward: m.acceptForward},
 	})
 	if err != nil {
@@ -257,6 +257,10 @@ func (m *membership) leads(r *replica, term uint64) {
 	m.reconciling, m.reconciled = stop, done
 	m.mu.Unlock()
 	m.push(term)
+	timing := defaultRoleTiming
+	if m.config.seams.roles != nil {
+		timing = *m.config.seams.roles
+	}
 	go func() {
 		defer close(done)
 		if before != nil {
@@ -264,7 +268,7 @@ func (m *membership) leads(r *replica, term uint64) {
 		}
 		newRoles(rolesConfig{
 			node: string(m.node.id), maxVoters: m.config.MaxVoters, raft: r.raft, configuration: m.committed,
-			members: m.gossip.members, changed: m.gossip.changed, progress: m.progress, log: m.node.log, timing: defaultRoleTiming,
+			members: m.gossip.members, changed: m.gossip.changed, progress: m.progress, log: m.node.log, timing: timing,
 		}).reconcileRoles(ctx)
 	}()
 }

@@ -72,7 +72,14 @@ func (n *Node) startReplica(inner raft.Transport, m *membership) (*replica, erro
 	if n.config.Acks == AcksAll {
 		r.fsm.stored = r.transport.insync.has
 	}
-	log := r.transport.watch(n.store.RaftLog())
+	var inLog raft.LogStore = n.store.RaftLog()
+	if m != nil {
+		r.transport.faults = m.config.seams.faults
+		if m.config.seams.log != nil {
+			inLog = m.config.seams.log(inLog)
+		}
+	}
+	log := r.transport.watch(inLog)
 	var err error
 	r.raft, err = raft.NewRaft(raftConfig(n.config, n.id), r.fsm, log, n.store.Stable(), n.store.Snapshots(), r.transport)
 	if err != nil {
