@@ -42,11 +42,12 @@ type membership struct {
 	ctx    context.Context
 	cancel context.CancelFunc
 	// searching ends when this node has become a member, or is closed.
-	searching context.Context
-	born      context.CancelFunc
-	workers   sync.WaitGroup
-	retag     chan struct{} // the tags have changed
-	opened    chan struct{} // closed when all above is there: peers may be early
+	searching    context.Context
+	born         context.CancelFunc
+	workers      sync.WaitGroup
+	retag        chan struct{} // the tags have changed
+	reconfigured chan struct{} // the configuration has
+	opened       chan struct{} // closed when all above is there: peers may be early
 
 	raftMu sync.Mutex // held while a replica is started or ended
 	stream *raftStream
@@ -63,7 +64,7 @@ type membership struct {
 
 // openMember opens the peer port and looks for the others.
 func (n *Node) openMember(c ClusterConfig) error {
-	m := &membership{node: n, config: c, retag: make(chan struct{}, 1), opened: make(chan struct{}), reconciling: func() {}}
+	m := &membership{node: n, config: c, retag: make(chan struct{}, 1), reconfigured: make(chan struct{}, 1), opened: make(chan struct{}), reconciling: func() {}}
 	m.ctx, m.cancel = context.WithCancel(context.Background())
 	m.searching, m.born = context.WithCancel(m.ctx)
 	n.membership = m
@@ -383,6 +384,10 @@ func (m *membership) configured(index uint64, c raft.Configuration) {
 	was := suffrage(m.configuration, m.node.id)
 	m.configuration, m.index = c, index
 	m.mu.Unlock()
+	select {
+	case m.reconfigured <- struct{}{}:
+	default:
+	}
 	m.tell()
 	r := m.node.running.Load()
 	if r == nil {
@@ -426,23 +431,32 @@ func (m *membership) followConfiguration() {
 	}
 }
 
-// followGossip keeps the status streams on whoever is a voter.
+// followGossip keeps the status streams on whoever is a voter: by its own word in gossip, by the configuration that we
+// have, and by the newest that a leader has told. Gossip alone may take half a minute, until the next exchange of all
+// there is, to bring a change: meanwhile we would not hear of a voter that has become active.
 func (m *membership) followGossip() {
 	for {
 		changed := m.gossip.changed()
+		_, _, told, retold := m.status.configuration()
+		m.mu.Lock()
+		configuration := m.configuration
+		m.mu.Unlock()
 		var voters []string
 		r := m.node.running.Load()
 		for _, other := range m.gossip.members() {
 			if other.State == gossipLeaving && r != nil {
 				r.transport.insync.leaving(raft.ServerID(other.ID), time.Now())
 			}
-			if other.ID != string(m.node.id) && other.alive() && other.Tags[tagRole] == RoleVoter {
+			if other.ID != string(m.node.id) && other.alive() && (other.Tags[tagRole] == RoleVoter ||
+				suffrage(configuration, raft.ServerID(other.ID)) == RoleVoter || slices.Contains(told, other.ID)) {
 				voters = append(voters, other.ID)
 			}
 		}
 		m.status.setVoters(voters)
 		select {
 		case <-changed:
+		case <-retold:
+		case <-m.reconfigured:
 		case <-m.ctx.Done():
 			return
 		}
