@@ -33,6 +33,8 @@ type birth struct {
 	arbiter func(ctx context.Context, proposal string) (winner string, err error)
 	// existed says that this node has belonged to a cluster whose state it does not have any more.
 	existed bool
+	// left says that it has left that, and has a copy that others may have parted from.
+	left bool
 
 	members func() []gossipMember
 	changed func() <-chan struct{}
@@ -149,6 +151,8 @@ func (b *birth) sign() (exists bool, why string) {
 	switch {
 	case len(dead) > 0:
 		return false, fmt.Sprintf("a cluster has existed, and nobody of it is alive: start %s again, with its data directory; if it is lost for good, see recover", strings.Join(dead, " or "))
+	case b.left:
+		return false, "this sidecar has left its cluster, and nobody of that is here: start another one of it; if all are lost for good, see recover"
 	case b.existed:
 		return false, "this sidecar has belonged to a cluster, and has no copy of its state: start another one of it; if all are lost for good, start with an empty data directory"
 	}

@@ -45,7 +45,8 @@
 // # Goroutines
 //
 // Of a Node: followGossip, followConfiguration, keepTags, and those of gossip, peer port and status streams. Of a replica:
-// lead (leadership, resignation), append (takes entries), settle (waits for raft's answers, in order), trim (size of
-// raft's log), relay (the transport); store's keep and compact, raft's, serf's and badger's own. Close ends them all; so
-// does a fatal error: an entry that cannot be decoded, a store that cannot go on.
+// lead (leadership, resignation), append (takes entries), settle (waits for raft's answers, in order), acknowledge (what
+// the in-sync replicas have stored), trim (size of raft's log), relay (the transport), and on the leader reconcileRoles;
+// store's keep and compact, raft's, serf's and badger's own. Close ends them all; so does a fatal error: an entry that
+// cannot be decoded, a store that cannot go on.
 package replicate

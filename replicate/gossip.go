@@ -122,12 +122,13 @@ var defaultGossipTiming = gossipTiming{
 	gather: 5 * time.Millisecond, probe: time.Second,
 }
 
-// gossipHooks connect gossip with the rest. All may be nil.
+// gossipHooks connect gossip with the rest. All may be left out.
 type gossipHooks struct {
 	lookup   func(ctx context.Context, host string) ([]string, error) // the resolver, if not the system's
 	recall   func() []string                                          // gossip addresses noted by an earlier process
 	remember func(addresses []string)                                 // notes them, at most rememberAddresses
 	stranger func()                                                   // somebody without the key or of another cluster was refused
+	parting  string                                                   // what to do about a second cluster of our name
 }
 
 const (
@@ -540,7 +541,7 @@ func (m gossipMerge) NotifyMerge(members []*serf.Member) error {
 		return errors.New("no sidecar")
 	}
 	if m.g.foreign(member.Tags) {
-		m.g.refuse(fmt.Sprintf("%s at %s has another cluster id, %s: two clusters of the same name", member.Name, member.Tags[tagPeer], member.Tags[tagClusterID]))
+		m.g.refuse(fmt.Sprintf("%s at %s has another cluster id, %s: two clusters of the same name; %s", member.Name, member.Tags[tagPeer], member.Tags[tagClusterID], m.g.hooks.parting))
 		return errors.New("another cluster id")
 	}
 	return nil

@@ -60,6 +60,7 @@ type membership struct {
 	waiting       string // what keeps us from being a member
 	configuration raft.Configuration
 	index         uint64 // raft's, of configuration
+	counted       uint64 // raft's index of the newest configuration of this replica's that has us, 0: none
 }
 
 // openMember opens the peer port and looks for the others.
@@ -85,32 +86,33 @@ func (n *Node) openMember(c ClusterConfig) error {
 		return fmt.Errorf("--peer %s: %w", c.Peer, err)
 	}
 	m.status = openStatus(m.port, m.facts, n.log)
-	m.gossip, err = openGossip(c, string(n.id), m.peerAddr(), m.tags, n.log, storedHooks(n.store.Local(), n.config.Metrics, n.log))
+	hooks := storedHooks(n.store.Local(), n.config.Metrics, n.log)
+	hooks.parting = fmt.Sprintf("if that one is to stay, its data having been recovered, say: stop this sidecar, empty its data directory %s, and start it again", n.config.Dir)
+	m.gossip, err = openGossip(c, string(n.id), m.peerAddr(), m.tags, n.log, hooks)
 	if err != nil {
 		return fmt.Errorf("--gossip %s: %w", c.Gossip, err)
 	}
 	m.birth = &birth{
-		node: string(n.id), join: len(c.Join) > 0, expect: c.BootstrapExpect, arbiter: c.Arbiter, existed: m.clusterID != (uuid.UUID{}),
+		node: string(n.id), join: len(c.Join) > 0, expect: c.BootstrapExpect, arbiter: c.Arbiter,
+		existed: m.clusterID != (uuid.UUID{}) || n.store.Quarantined(), left: removed,
 		members: m.gossip.members, changed: m.gossip.changed, ask: m.status.ask, found: m.found, waiting: m.wait,
 		log: n.log, timing: defaultBirthTiming,
 	}
 	m.workers.Go(m.followGossip)
-	m.workers.Go(m.followConfiguration)
 	m.workers.Go(m.keepTags)
-	switch {
-	case !fresh && !removed:
-		err = m.enlist()
-	case fresh:
+	if fresh || removed {
 		err = m.beBorn()
+	} else {
+		err = m.enlist()
 	}
+	m.workers.Go(m.followConfiguration) // after enlist: it may have been told already that we are out
 	return err
 }
 
 // beBorn looks for a cluster, or founds one. A node that is alone has done so when it returns.
 func (m *membership) beBorn() error {
 	c := m.config
-	alone := len(c.Join) == 0 && c.BootstrapExpect <= 1 && c.Arbiter == nil && m.identity().clusterID == [16]byte{}
-	if alone {
+	if alone := len(c.Join) == 0 && c.BootstrapExpect <= 1 && c.Arbiter == nil; alone && !m.birth.existed {
 		return m.found()
 	}
 	m.workers.Go(func() {
@@ -121,7 +123,7 @@ func (m *membership) beBorn() error {
 	return nil
 }
 
-// load reads what an earlier process has noted.
+// load reads what an earlier process has noted. removed: there is a state, and we do not belong to its configuration.
 func (m *membership) load(fresh bool) (removed bool, err error) {
 	local := m.node.store.Local()
 	id, err := local.Get(clusterIDKey)
@@ -147,7 +149,12 @@ func (m *membership) load(fresh bool) (removed bool, err error) {
 		m.clusterID = uuid.NewSHA1(m.clusterID, []byte(strconv.FormatUint(epoch, 10)))
 	}
 	mark, err := local.Get(removedKey)
-	return mark != nil, err
+	if err != nil || mark != nil || fresh {
+		return mark != nil, err
+	}
+	// Killed before it could note that it is out, or before it has got what takes it in: a leader knows.
+	newest, _, err := m.node.store.Membership()
+	return suffrage(newest, m.node.id) == "", err
 }
 
 func (m *membership) identity() peerIdentity {
@@ -170,13 +177,19 @@ func (m *membership) peerAddr() string {
 }
 
 // adopt takes over the id of the cluster that has found us. Our own, once known, never changes: peers of another are
-// refused by their hello.
+// refused by their hello, or here if we have learnt it since.
 func (m *membership) adopt(id uuid.UUID) error {
-	m.mu.Lock()
-	known := m.clusterID != uuid.UUID{}
-	m.mu.Unlock()
-	if known || id == (uuid.UUID{}) {
+	m.raftMu.Lock()
+	defer m.raftMu.Unlock()
+	return m.adoptLocked(id)
+}
+
+// adoptLocked is adopt for one that holds raftMu.
+func (m *membership) adoptLocked(id uuid.UUID) error {
+	if own := uuid.UUID(m.identity().clusterID); id == own || id == (uuid.UUID{}) {
 		return nil
+	} else if own != (uuid.UUID{}) {
+		return errOtherCluster
 	}
 	if err := m.node.store.Local().Put(clusterIDKey, []byte(id.String())); err != nil {
 		return fmt.Errorf("noting the cluster's id: %w", err)
@@ -188,15 +201,27 @@ func (m *membership) adopt(id uuid.UUID) error {
 	return nil
 }
 
-// found makes this node's empty store a cluster of one, with an id of its own.
+// found makes this node's empty store a cluster of one, with an id of its own, unless another cluster has found us
+// meanwhile.
 func (m *membership) found() error {
-	if err := m.adopt(uuid.New()); err != nil {
-		return err
-	}
-	if err := m.node.bootstrap(); err != nil {
+	if founded, err := m.makeCluster(); !founded || err != nil {
 		return err
 	}
 	return m.enlist()
+}
+
+// makeCluster writes what makes the store a cluster. The id comes last: a store with a state and no id is given one at
+// the next start; with an id and no state it would wait for ever for those who have a copy.
+func (m *membership) makeCluster() (founded bool, err error) {
+	m.raftMu.Lock()
+	defer m.raftMu.Unlock()
+	if m.identity().clusterID != [16]byte{} {
+		return false, nil
+	}
+	if err := m.node.bootstrap(); err != nil {
+		return false, err
+	}
+	return true, m.adoptLocked(uuid.New())
 }
 
 // enlist starts the replica if there is none.
@@ -346,7 +371,7 @@ func (m *membership) dismiss(r *replica) {
 		n.log.Warn("ending the replica", "err", err)
 	}
 	m.mu.Lock()
-	m.configuration, m.index = raft.Configuration{}, 0
+	m.configuration, m.index, m.counted = raft.Configuration{}, 0, 0
 	m.mu.Unlock()
 	m.tell()
 }
@@ -378,26 +403,24 @@ func (m *membership) acceptForward(conn net.Conn, from peerIdentity) {
 	m.config.Forwarded(conn, from.node)
 }
 
-// configured is told of each configuration that raft has committed, on the fsm's goroutine.
+// configured is told of each configuration that raft has committed, on the fsm's goroutine. That one does not have us is
+// no reason to go: it may be of the past that a node which was taken in again catches up with.
 func (m *membership) configured(index uint64, c raft.Configuration) {
 	m.mu.Lock()
-	was := suffrage(m.configuration, m.node.id)
 	m.configuration, m.index = c, index
+	if suffrage(c, m.node.id) != "" {
+		m.counted = index
+	}
 	m.mu.Unlock()
 	select {
 	case m.reconfigured <- struct{}{}:
 	default:
 	}
 	m.tell()
-	r := m.node.running.Load()
-	if r == nil {
-		return
-	}
-	if was != "" && suffrage(c, m.node.id) == "" {
-		go m.dismiss(r)
-	}
-	if term, leading := r.leadership(); leading {
-		m.push(term)
+	if r := m.node.running.Load(); r != nil {
+		if term, leading := r.leadership(); leading {
+			m.push(term)
+		}
 	}
 }
 
@@ -412,16 +435,15 @@ func (m *membership) push(term uint64) {
 	m.status.pushConfiguration(term, index, ids)
 }
 
-// followConfiguration ends our replica when a leader says that we are out.
+// followConfiguration ends our replica when a leader says that we are out, by a configuration that is newer than any
+// that has us here. Should one be told so late that we are in again, the leader's next connection starts it anew.
 func (m *membership) followConfiguration() {
 	for {
 		_, index, ids, changed := m.status.configuration()
-		r := m.node.running.Load()
-		m.mu.Lock()
-		mine := m.index
-		m.mu.Unlock()
-		if r != nil && len(ids) > 0 && index >= mine && mine > 0 && !slices.Contains(ids, string(m.node.id)) {
-			m.dismiss(r)
+		if r := m.node.running.Load(); r != nil && len(ids) > 0 && !slices.Contains(ids, string(m.node.id)) {
+			if in := m.countedIn(r); in > 0 && index > in {
+				m.dismiss(r)
+			}
 		}
 		select {
 		case <-changed:
@@ -429,6 +451,17 @@ func (m *membership) followConfiguration() {
 			return
 		}
 	}
+}
+
+// countedIn is the index of the newest configuration here that has us, committed or not; 0: there is none yet.
+func (m *membership) countedIn(r *replica) uint64 {
+	newest := r.raft.GetConfiguration() // answered at once
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if suffrage(newest.Configuration(), m.node.id) != "" {
+		return max(m.counted, newest.Index())
+	}
+	return m.counted
 }
 
 // followGossip keeps the status streams on whoever is a voter: by its own word in gossip, by the configuration that we

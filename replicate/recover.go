@@ -83,7 +83,7 @@ func Recover(dir string, agree func(Survivor) error) error {
 		id := raft.ServerID(found.NodeID)
 		alone := raft.Configuration{Servers: []raft.Server{{Suffrage: raft.Voter, ID: id, Address: raft.ServerAddress(id)}}}
 		epoch := strconv.AppendUint(nil, found.Epoch+1, 10)
-		if _, _, err := s.ForceMembership(alone, map[string][]byte{clusterEpochKey: epoch}); err != nil {
+		if _, _, err := s.ForceMembership(alone, map[string][]byte{clusterEpochKey: epoch, removedKey: nil}); err != nil {
 			return fmt.Errorf("recovering data directory %s: %w", dir, err)
 		}
 		return nil

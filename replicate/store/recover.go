@@ -74,10 +74,14 @@ func (s *Store) Newest() (time.Time, error) {
 	return newest, err
 }
 
+// lostTerms is more elections than can have passed here unheard: who knows of the last of them, and was never a server,
+// must find every term of the new configuration newer.
+const lostTerms = 1_000_000
+
 // ForceMembership makes c raft's newest configuration, whatever the servers of the old one say: an entry of a term of
 // its own ends the log, and once raft is started the servers in c alone decide that everything here is committed. That
-// is raft.RecoverCluster without its four writes: it is one transaction, which puts local along with it. Raft must not
-// be running.
+// is raft.RecoverCluster without its four writes: it is one transaction, which puts local along with it (nil removes
+// a key). Raft must not be running.
 func (s *Store) ForceMembership(c raft.Configuration, local map[string][]byte) (index, term uint64, err error) {
 	if fresh, err := s.Fresh(); err != nil || fresh {
 		return 0, 0, errors.Join(err, errors.New("there is no raft state: nothing can be recovered here"))
@@ -90,11 +94,11 @@ func (s *Store) ForceMembership(c raft.Configuration, local map[string][]byte) (
 	if err != nil {
 		return 0, 0, err
 	}
-	index, term = last+1, max(current, lastTerm)+1
+	index, term = last+1, max(current, lastTerm)+lostTerms
 	entry := &raft.Log{Index: index, Term: term, Type: raft.LogConfiguration, Data: raft.EncodeConfiguration(c), AppendedAt: time.Now()}
 	err = s.raftLog.store([]*raft.Log{entry}, func(txn *badger.Txn) error {
 		for name, value := range local {
-			if err := txn.Set(localKey(name), value); err != nil {
+			if err := setOrDelete(txn, localKey(name), value); err != nil {
 				return err
 			}
 		}

@@ -290,6 +290,15 @@ func (s *Store) Bootstrap(c raft.Configuration) error {
 	})
 }
 
+// Quarantined says whether damaged parts lie aside in the directory: a fresh store there has had a state before.
+func (s *Store) Quarantined() bool {
+	if s.files == nil {
+		return false
+	}
+	aside, err := filepath.Glob(s.files.path(quarantinePrefix + "*"))
+	return err == nil && len(aside) > 0
+}
+
 // Fresh says whether raft has never run here.
 func (s *Store) Fresh() (bool, error) {
 	return freshState(&s.stable, &s.raftLog, &s.snapshots)
@@ -491,12 +500,14 @@ func (l *Local) Put(name string, value []byte) error {
 	if err := l.s.checkSpace(); err != nil {
 		return err
 	}
-	return l.s.update(func(txn *badger.Txn) error {
-		if value == nil {
-			return txn.Delete(localKey(name))
-		}
-		return txn.Set(localKey(name), value)
-	})
+	return l.s.update(func(txn *badger.Txn) error { return setOrDelete(txn, localKey(name), value) })
+}
+
+func setOrDelete(txn *badger.Txn, key, value []byte) error {
+	if value == nil {
+		return txn.Delete(key)
+	}
+	return txn.Set(key, value)
 }
 
 // badgerLogger passes badger's messages on: its Info is our debug.

@@ -1,0 +1,233 @@
+package replicate
+
+import (
+	"bytes"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+
+	"github.com/google/uuid"
+)
+
+// lines is what a sidecar has logged.
+type lines struct {
+	mu  sync.Mutex
+	buf bytes.Buffer
+}
+
+func (l *lines) Write(b []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.buf.Write(b)
+}
+
+func (l *lines) count(text string) int {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return strings.Count(l.buf.String(), text)
+}
+
+func (l *lines) logger() *slog.Logger { return slog.New(slog.NewTextHandler(l, nil)) }
+
+// A node that was taken out and comes back finds its own removal in the log that it catches up with.
+func TestWhoComesBackIsNotDismissedByItsOwnPast(t *testing.T) {
+	t.Parallel()
+	f := newFleet(t, 3, nil)
+	f.await("three voters", func() bool { return f.roles()[RoleVoter] == 3 })
+	back := f.all[1]
+	f.stopped(back, true)
+	for i := range 200 { // more than raft sends at once
+		f.put(fmt.Sprint("key", i), "value")
+	}
+	var log lines
+	again := f.add(back.dir, func(_ int, c *Config) { c.Logger = log.logger() })
+	f.await("three voters again", func() bool { return f.roles()[RoleVoter] == 3 })
+	f.await("copy", func() bool { return again.value("key199") == "value" })
+	if n := log.count("no longer a member"); n > 0 {
+		t.Fatalf("dismissed %d times while it was taken in", n)
+	}
+}
+
+// Its replica is ended wrongly, say by a configuration that was told late.
+func TestWhoIsDismissedWronglyIsTakenInAgain(t *testing.T) {
+	t.Parallel()
+	f := newFleet(t, 3, nil)
+	f.await("three voters", func() bool { return f.roles()[RoleVoter] == 3 })
+	for range 3 {
+		for _, s := range f.all { // both others at once: no quorum until one is back
+			if r := s.n.running.Load(); r != nil && !s.active() {
+				s.n.membership.dismiss(r)
+			}
+		}
+		f.put("key", "value")
+		f.await("three voters", func() bool { return f.roles()[RoleVoter] == 3 })
+	}
+}
+
+// It was down when it was taken out, and thinks that it is a voter until a leader says otherwise.
+func TestWhoWasRemovedWhileAwayLearnsOfIt(t *testing.T) {
+	t.Parallel()
+	f := newFleet(t, 6, nil)
+	f.await("three voters, two standbys, one forwarder", func() bool {
+		r := f.roles()
+		return r[RoleVoter] == 3 && r[RoleStandby] == 2 && r[RoleForwarder] == 1
+	})
+	var victim *sidecar
+	for _, s := range f.all {
+		if s.n.Status().Role == RoleVoter && !s.active() {
+			victim = s
+		}
+	}
+	f.stopped(victim, false)
+	f.await("dead voter to be replaced", func() bool {
+		return f.roles()[RoleVoter] == 3 && f.roles()[RoleStandby] == 2 && f.configuration()[victim.n.ID()] == ""
+	})
+	term := f.active().n.Status().Term
+	for range 2 { // the second time it knows
+		again := f.add(victim.dir, nil)
+		f.await("forwarder", func() bool { return again.n.running.Load() == nil && again.n.Status().Role == RoleForwarder })
+		f.await("no word of what is missing", func() bool { return again.n.Status().Waiting == "" })
+		again.stop()
+	}
+	if now := f.active().n.Status().Term; now != term {
+		t.Fatalf("term %d became %d: it has disturbed the others", term, now)
+	}
+}
+
+func TestRecoverTakesASurvivorThatHadLeft(t *testing.T) {
+	t.Parallel()
+	f := newFleet(t, 3, nil)
+	f.await("three voters", func() bool { return f.roles()[RoleVoter] == 3 })
+	f.put("key", "value")
+	for _, s := range f.all { // all copies
+		f.await("copy", func() bool { return s.value("key") == "value" })
+	}
+	gone := f.all[2]
+	f.stopped(gone, true)
+	for _, s := range f.all[:2] {
+		f.stopped(s, false)
+	}
+	if err := Recover(gone.dir, func(Survivor) error { return nil }); err != nil {
+		t.Fatal(err)
+	}
+	f.all = nil
+	s := f.add(gone.dir, nil)
+	f.put("another", "value")
+	if got := s.value("key"); got != "value" {
+		t.Fatalf("key is %q", got)
+	}
+}
+
+// The others of a cluster that was recovered are not heard, and told what to do; who has no copy of its state belongs to
+// it without further ado.
+func TestARecoveredClusterIsANewOne(t *testing.T) {
+	t.Parallel()
+	var logs [6]lines
+	f := newFleet(t, 6, func(i int, c *Config) { c.Logger = logs[i].logger() })
+	f.await("three voters, two standbys, one forwarder", func() bool {
+		r := f.roles()
+		return r[RoleVoter] == 3 && r[RoleStandby] == 2 && r[RoleForwarder] == 1
+	})
+	f.put("key", "value")
+	var survivor, forwarder *sidecar
+	for _, s := range f.all {
+		if s.n.Status().Role == RoleForwarder {
+			forwarder = s
+			continue
+		}
+		f.await("copy", func() bool { return s.value("key") == "value" })
+		if !s.active() {
+			survivor = s
+		}
+	}
+	// Elections that the survivor has not heard of.
+	lost, _, _ := forwarder.n.Active()
+	forwarder.n.membership.status.publish(true, lost+50)
+	forwarder.n.membership.status.publish(false, lost+50)
+	var old *sidecar
+	for _, s := range f.all {
+		if s != forwarder {
+			f.stopped(s, false)
+			if s != survivor {
+				old = s
+			}
+		}
+	}
+	if err := Recover(survivor.dir, func(Survivor) error { return nil }); err != nil {
+		t.Fatal(err)
+	}
+	f.all = []*sidecar{forwarder}
+	s := f.add(survivor.dir, nil)
+	f.put("another", "value")
+	f.await("forwarder to know who is active", func() bool { _, node, _ := forwarder.n.Active(); return node == s.n.ID() })
+	f.await("forwarder to be taken in", func() bool { return forwarder.n.Status().Role != RoleForwarder })
+	var log lines
+	again := f.add(old.dir, func(_ int, c *Config) { c.Logger = log.logger() })
+	f.await("word of what to do", func() bool { return log.count(old.dir) > 0 })
+	if _, node, _ := again.n.Active(); node != "" {
+		t.Fatalf("the old one believes that %s is active", node)
+	}
+	fresh := f.add(t.TempDir(), nil)
+	f.await("newcomer", func() bool { return fresh.value("another") == "value" })
+	if slices.ContainsFunc(s.n.Members(), func(m MemberInfo) bool { return m.ID == again.n.ID() && m.State == gossipAlive.String() }) {
+		t.Fatalf("the old one is a member: %+v", s.n.Members())
+	}
+}
+
+// The only copy is damaged: an empty cluster in its place would be silent loss.
+func TestAQuarantinedStoreIsNoReasonForASecondBirth(t *testing.T) {
+	t.Parallel()
+	change := func(_ int, c *Config) {
+		c.Cluster.Join, c.Cluster.BootstrapExpect = []string{"127.0.0.1:1"}, 1
+	}
+	f := newFleet(t, 1, change)
+	f.put("key", "value")
+	dir := f.all[0].dir
+	f.all[0].stop()
+	if err := os.WriteFile(filepath.Join(dir, "db", "MANIFEST"), []byte("rubbish"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 { // nor at the start after that
+		s := f.add(dir, change)
+		f.await("reason", func() bool { return s.n.Status().Waiting != "" || s.active() })
+		f.await("look for others", func() bool { return strings.Contains(s.n.Status().Waiting, "has belonged to a cluster") || s.active() })
+		if s.active() {
+			t.Fatal("a cluster was born in place of the one that is lost")
+		}
+		s.stop()
+	}
+}
+
+func TestOneClusterAtATime(t *testing.T) {
+	t.Parallel()
+	f := newFleet(t, 1, nil)
+	f.put("key", "value")
+	m := f.all[0].n.membership
+	if err := m.adopt(uuid.New()); err == nil {
+		t.Fatal("a connection welcomed before our cluster was born brings another one's log")
+	}
+	if err := m.adopt(uuid.UUID(m.identity().clusterID)); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// A leader has found us while we were about to found a cluster of our own.
+func TestWhoWasFoundFoundsNothing(t *testing.T) {
+	t.Parallel()
+	f := newFleet(t, 1, func(_ int, c *Config) { c.Cluster.Join = []string{"127.0.0.1:1"} })
+	m := f.all[0].n.membership
+	if err := m.adopt(uuid.New()); err != nil {
+		t.Fatal(err)
+	}
+	if err := m.found(); err != nil {
+		t.Fatal(err)
+	}
+	if fresh, err := m.node.store.Fresh(); err != nil || !fresh {
+		t.Fatalf("it has made itself a voter in the log that it was to be given: %v %v", fresh, err)
+	}
+}
