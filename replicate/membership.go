@@ -250,7 +250,7 @@ func (m *membership) enlisted() (*raftStream, error) {
 	})
 	r, err := n.startReplica(inner, m)
 	if err != nil {
-		return nil, err
+		return nil, errors.Join(err, inner.Close())
 	}
 	m.stream = stream
 	n.running.Store(r)

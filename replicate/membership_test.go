@@ -6,10 +6,14 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"runtime"
+	"runtime/debug"
+	"runtime/pprof"
 	"slices"
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/google/uuid"
 )
@@ -229,5 +233,90 @@ func TestWhoWasFoundFoundsNothing(t *testing.T) {
 	}
 	if fresh, err := m.node.store.Fresh(); err != nil || !fresh {
 		t.Fatalf("it has made itself a voter in the log that it was to be given: %v %v", fresh, err)
+	}
+}
+
+// Not parallel: it counts what the process has.
+func TestClosedNodesLeaveNothingBehind(t *testing.T) {
+	life := func() {
+		f := newFleet(t, 2, nil)
+		f.await("voter and standby", func() bool { r := f.roles(); return r[RoleVoter] == 1 && r[RoleStandby] == 1 })
+		f.put("key", "value")
+		f.stopped(f.active(), true)
+		f.put("key", "another")
+		f.add(t.TempDir(), nil).stop() // in the middle of whatever it has begun
+		for _, s := range f.all {
+			s.stop()
+		}
+	}
+	files := func() int {
+		open, err := os.ReadDir("/proc/self/fd")
+		if err != nil {
+			return 0 // not Linux
+		}
+		return len(open)
+	}
+	life() // what is made once and for all
+	runtime.GC()
+	defer debug.SetGCPercent(debug.SetGCPercent(-1)) // which closes what was forgotten
+	goroutines, opened := runtime.NumGoroutine(), files()
+	life()
+	deadline := time.Now().Add(20 * time.Second)
+	for runtime.NumGoroutine() > goroutines || files() > opened {
+		if time.Sleep(10 * time.Millisecond); time.Now().After(deadline) {
+			var all bytes.Buffer
+			_ = pprof.Lookup("goroutine").WriteTo(&all, 1)
+			t.Fatalf("%d goroutines, %d before; %d files, %d before\n%s", runtime.NumGoroutine(), goroutines, files(), opened, all.String())
+		}
+	}
+}
+
+// Everybody is told to stop at once: nobody waits for another, and what is there is there again afterwards.
+func TestAllLeaveAtOnceAndComeBack(t *testing.T) {
+	t.Parallel()
+	f := newFleet(t, 3, nil)
+	f.await("three voters", func() bool { return f.roles()[RoleVoter] == 3 })
+	f.put("key", "value")
+	old := f.all
+	var leaving sync.WaitGroup
+	for _, s := range old {
+		leaving.Go(func() { f.stopped(s, true) })
+	}
+	leaving.Wait()
+	f.all = nil
+	for _, s := range old {
+		f.add(s.dir, nil)
+	}
+	f.put("another", "value")
+	if got := f.active().value("key"); got != "value" {
+		t.Fatalf("key is %q", got)
+	}
+	f.await("three voters again", func() bool { return f.roles()[RoleVoter] == 3 })
+}
+
+func TestTheOnlyVoterLeavesItsPlaceToTheStandby(t *testing.T) {
+	t.Parallel()
+	f := newFleet(t, 2, nil)
+	f.await("voter and standby", func() bool { r := f.roles(); return r[RoleVoter] == 1 && r[RoleStandby] == 1 })
+	f.put("key", "value")
+	f.stopped(f.active(), true)
+	f.put("another", "value")
+	last := f.active()
+	if got := last.value("key"); got != "value" {
+		t.Fatalf("key is %q", got)
+	}
+	f.await("cluster of one", func() bool { return len(f.configuration()) == 1 && f.configuration()[last.n.ID()] == RoleVoter })
+}
+
+func TestOneOfSeveralVotersSaysThatItIsAlone(t *testing.T) {
+	t.Parallel()
+	dir, _ := bereaved(t)
+	var log lines
+	c := testConfig(dir)
+	c.Logger = log.logger()
+	h := openHarness(t, c)
+	defer h.close()
+	if log.count("without a way to the others") != 1 || log.count("voters=3") != 1 {
+		t.Fatal(log.buf.String())
 	}
 }

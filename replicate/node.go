@@ -110,6 +110,10 @@ func (n *Node) openAlone() error {
 		return err
 	}
 	n.running.Store(r)
+	if voters, own := voters(r.transport.configuration(), n.id); !own || voters > 1 {
+		n.log.Error("this sidecar's data belong to a cluster, and it was started without a way to the others: no group call is answered; "+
+			"start it with --gossip and --peer on free ports, or see recover if the others are lost for good", "voters", voters)
+	}
 	return nil
 }
 

@@ -398,6 +398,9 @@ func (t *transport) Close() (err error) {
 		if c, ok := t.Transport.(raft.WithClose); ok {
 			err = c.Close()
 		}
+		if c, ok := t.Transport.(interface{ CloseStreams() }); ok {
+			c.CloseStreams() // those in raft's pool: its own Close leaves them open
+		}
 		t.workers.Wait()
 	})
 	return err
