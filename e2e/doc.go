@@ -1,7 +1,8 @@
 // Package e2e tries the sidecar as its users do: real Kafka, real clients, real processes, nothing of our own linked in.
 //
 // The tests stand behind the build tag e2e (make e2e); the package lab beside them starts and stops things; setup, a
-// script, installs Kafka and the clients in the user's cache. E2E_LONG=1 runs the long forms (make soak).
+// script, installs Kafka and the clients in the user's cache. E2E_LONG=1 runs the long forms (make soak; make faults for
+// those about several sidecars). Partitions and starved sidecars need root: network namespaces, control groups.
 // E2E_DIRECT=1 lets the clients of TestLife speak to Kafka itself: what fails then too is the test's or the client's
 // fault. E2E_BINARY names a sidecar to test instead of building one, E2E_CACHE another folder for what is installed.
 //

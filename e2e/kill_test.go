@@ -17,8 +17,8 @@ import (
 	"github.com/twmb/franz-go/pkg/kmsg"
 )
 
-// simpleCommit commits one offset as a consumer without a group membership.
-func (r *raw) simpleCommit(group, topic string, offset int64) error {
+// commitRequest commits one offset as a consumer without a group membership does.
+func commitRequest(group, topic string, offset int64) *kmsg.OffsetCommitRequest {
 	req := kmsg.NewPtrOffsetCommitRequest()
 	req.Version, req.Group, req.Generation = 7, group, -1
 	ct := kmsg.NewOffsetCommitRequestTopic()
@@ -27,11 +27,23 @@ func (r *raw) simpleCommit(group, topic string, offset int64) error {
 	cp.Offset = offset
 	ct.Partitions = append(ct.Partitions, cp)
 	req.Topics = append(req.Topics, ct)
-	resp, err := r.ask(req, 5*time.Second)
+	return req
+}
+
+// commitError is what became of it.
+func commitError(resp kmsg.Response) error {
+	return kerr.ErrorForCode(resp.(*kmsg.OffsetCommitResponse).Topics[0].Partitions[0].ErrorCode)
+}
+
+// commitWait is how long a commit is waited for: its time-out at the sidecar, and time to be told.
+const commitWait = 8 * time.Second
+
+func (r *raw) simpleCommit(group, topic string, offset int64) error {
+	resp, err := r.ask(commitRequest(group, topic, offset), commitWait)
 	if err != nil {
 		return err
 	}
-	return kerr.ErrorForCode(resp.(*kmsg.OffsetCommitResponse).Topics[0].Partitions[0].ErrorCode)
+	return commitError(resp)
 }
 
 // committed asks for that offset; -1 is none.
@@ -41,7 +53,7 @@ func (r *raw) committed(group, topic string) (int64, error) {
 	ft := kmsg.NewOffsetFetchRequestTopic()
 	ft.Topic, ft.Partitions = topic, []int32{0}
 	req.Topics = append(req.Topics, ft)
-	resp, err := r.ask(req, 5*time.Second)
+	resp, err := r.ask(req, commitWait)
 	if err != nil {
 		return 0, err
 	}

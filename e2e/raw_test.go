@@ -31,18 +31,29 @@ func dialRaw(t *testing.T, addr string) *raw {
 
 // ask sends a request in the version that is set in it and reads its reply, which must come in time.
 func (r *raw) ask(req kmsg.Request, within time.Duration) (kmsg.Response, error) {
+	if err := r.send(req, within); err != nil {
+		return nil, err
+	}
+	return r.receive(req, r.next)
+}
+
+// send sends a request; its reply and those of the requests before it must all come in time.
+func (r *raw) send(req kmsg.Request, within time.Duration) error {
 	r.next++
 	frame := kmsg.NewRequestFormatter(kmsg.FormatterClientID("e2e")).AppendRequest(nil, req, r.next)
 	_ = r.SetDeadline(time.Now().Add(within))
-	if _, err := r.Write(frame); err != nil {
-		return nil, err
-	}
+	_, err := r.Write(frame)
+	return err
+}
+
+// receive reads the next reply, which must be that of the n-th request.
+func (r *raw) receive(req kmsg.Request, n int32) (kmsg.Response, error) {
 	body, err := r.reply()
 	if err != nil {
 		return nil, err
 	}
-	if id := int32(binary.BigEndian.Uint32(body)); id != r.next {
-		return nil, fmt.Errorf("correlation id %d came for %d", id, r.next)
+	if id := int32(binary.BigEndian.Uint32(body)); id != n {
+		return nil, fmt.Errorf("correlation id %d came for %d", id, n)
 	}
 	body = body[4:]
 	resp := req.ResponseKind()
@@ -199,4 +210,10 @@ func askMetadata(addr, topic string) (*kmsg.MetadataResponse, error) {
 	}
 	defer func() { _ = c.Close() }()
 	return (&raw{Conn: c}).metadata(topic)
+}
+
+// isNetwork says whether the connection has broken, or no answer came: whatever else is wrong the sidecar has said so.
+func isNetwork(err error) bool {
+	var op net.Error
+	return errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || errors.As(err, &op)
 }

@@ -221,13 +221,32 @@ func Eventually(within time.Duration, ask func() error) error {
 	}
 }
 
+// given are the ports that Ports gave out not long ago: whoever got them may not listen yet, or not at the moment.
+var given struct {
+	sync.Mutex
+	at map[int]time.Time
+}
+
 // Ports finds n neighbouring ports on loopback that nobody listens on, all below the kernel's ephemeral range: there
 // a client's own connection may take them while a broker restarts.
 func Ports(n int) (int, error) {
-	const first, last = 23000, 25000
+	const first, last, keep = 21900, 25000, 10 * time.Minute
+	given.Lock()
+	defer given.Unlock()
+	if given.at == nil {
+		given.at = map[int]time.Time{}
+	}
 	for range 1000 {
 		base := first + rand.IntN(last-first-n)
-		if free(base, n) {
+		taken := false
+		for p := base; p < base+n; p++ {
+			at, was := given.at[p]
+			taken = taken || was && time.Since(at) < keep
+		}
+		if !taken && free(base, n) {
+			for p := base; p < base+n; p++ {
+				given.at[p] = time.Now()
+			}
 			return base, nil
 		}
 	}

@@ -48,3 +48,16 @@ func (p Paths) java(version, heap string, options, args []string) []string {
 		"-cp", filepath.Join(p.Cache, "java")+":"+p.Jars(version))
 	return append(all, args...)
 }
+
+// installed says which programs are missing; setup installs them.
+func installed(programs ...string) error {
+	if _, err := Setup(); err != nil {
+		return err
+	}
+	for _, name := range programs {
+		if _, err := exec.LookPath(name); err != nil {
+			return fmt.Errorf("%s is missing, and e2e/setup did not install it: %w", name, err)
+		}
+	}
+	return nil
+}

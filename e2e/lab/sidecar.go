@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -21,6 +22,8 @@ import (
 type Sidecar struct {
 	Verb     string // "" is run
 	Upstream string
+	Host     string // "" is 127.0.0.1
+	Net      *Net   // the network namespace that it runs in; nil: the machine's
 	Port     int    // of the bootstrap listener; 0: chosen, with room behind it for the brokers' listeners
 	Dir      string // the data directory
 	Gossip   string // host:port; "": any free port, as for Peer
@@ -99,7 +102,10 @@ func (s *Sidecar) Start() error {
 	if s.Verb != "" {
 		args = []string{s.Verb}
 	}
-	args = append(args, "--listen", s.Addr(), "--http", "127.0.0.1:0", "--admin", "127.0.0.1:0")
+	args = append(args, "--listen", s.Addr(), "--http", cmp.Or(s.Host, "127.0.0.1")+":0", "--admin", "127.0.0.1:0")
+	if s.Host != "" {
+		args = append(args, "--advertise-clients", s.Host)
+	}
 	if s.Dir != "" {
 		args = append(args, "--data-dir", s.Dir)
 	}
@@ -107,6 +113,9 @@ func (s *Sidecar) Start() error {
 		args = append(args, "--join", s.Join)
 	}
 	cmd := exec.Command(bin, append(args, s.Args...)...)
+	if s.Net != nil {
+		cmd = exec.Command("ip", slices.Concat([]string{"netns", "exec", s.Net.name}, cmd.Args)...) // which becomes the sidecar
+	}
 	if s.Command != nil {
 		s.Command(cmd)
 	}
@@ -137,7 +146,7 @@ func (s *Sidecar) Ready(within time.Duration) error {
 }
 
 // Addr is the bootstrap listener's address.
-func (s *Sidecar) Addr() string { return fmt.Sprintf("127.0.0.1:%d", s.Port) }
+func (s *Sidecar) Addr() string { return fmt.Sprintf("%s:%d", cmp.Or(s.Host, "127.0.0.1"), s.Port) }
 
 // BrokerAddr is the address of the listener for an upstream broker (design: listen + 1 + node id mod 256).
 func (s *Sidecar) BrokerAddr(id int) string { return fmt.Sprintf("127.0.0.1:%d", s.Port+1+id%256) }
@@ -155,6 +164,17 @@ func (s *Sidecar) page(path string, into any) error {
 	addr, _ := s.ready["admin"].(string)
 	if addr == "" {
 		return errors.New("the line ready named no admin address")
+	}
+	if s.Net != nil { // whose loopback it is on
+		bin, err := Binary()
+		if err != nil {
+			return err
+		}
+		out, err := Run(10*time.Second, nil, "ip", "netns", "exec", s.Net.name, bin, strings.TrimPrefix(path, "/"), "--admin", addr, "-o", "json")
+		if err != nil {
+			return err
+		}
+		return json.Unmarshal([]byte(out), into)
 	}
 	client := http.Client{Timeout: 2 * time.Second} // the process may be stopped
 	resp, err := client.Get("http://" + addr + path)
