@@ -2,9 +2,12 @@ package main
 
 import (
 	"net"
+	"os"
 	"strings"
 	"testing"
 	"time"
+
+	"gopkg.in/yaml.v3"
 )
 
 // Several sidecars on one machine, each alone with the default ports, must go on working.
@@ -46,5 +49,39 @@ func TestSidecarsThatJoinAreOne(t *testing.T) {
 	status := all[1].Status()
 	if status.ClusterID == "" || status.ClusterID != all[2].Members().ClusterID || status.ActiveNode == "" || status.Gossip != all[1].node.GossipAddr() {
 		t.Errorf("%+v", status)
+	}
+}
+
+// The example's command line is one that the program takes: in a container with one address.
+func TestTheComposeExampleIsValid(t *testing.T) {
+	content, err := os.ReadFile("../../examples/docker-compose/compose.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var compose struct {
+		Services map[string]struct {
+			Command     []string
+			Environment map[string]string
+		}
+	}
+	if err := yaml.Unmarshal(content, &compose); err != nil {
+		t.Fatal(err)
+	}
+	found := 0
+	for name, service := range compose.Services {
+		if len(service.Command) == 0 {
+			continue
+		}
+		found++
+		var env []string
+		for key, value := range service.Environment {
+			env = append(env, key+"="+value)
+		}
+		if code, _, stderr := call(t, env, append([]string{"config", "print"}, service.Command[1:]...)...); code != 0 || service.Command[0] != "run" {
+			t.Errorf("%s: %v: %d %s", name, service.Command, code, stderr)
+		}
+	}
+	if found != 3 {
+		t.Errorf("%d sidecars", found)
 	}
 }
