@@ -24,7 +24,7 @@ import (
 //	E2E_LONG=1 go test -run Chaos -timeout 1h ./replicate    more seeds, longer, and at the pace of a real cluster
 const (
 	chaosSeed    = "CHAOS_SEED"
-	chaosClients = 4
+	chaosClients = 7 // each other one writes
 	chaosKeys    = 3
 )
 
@@ -90,7 +90,7 @@ func newChaos(t *testing.T, seed uint64, size int, lasting time.Duration, real b
 	}
 	t.Cleanup(func() { // after the sidecars have been stopped
 		close(c.net.stop)
-		if t.Failed() {
+		if t.Failed() || testing.Verbose() {
 			t.Logf("repeat with %s=%d (several times, if need be); the nemesis did:\n%s", chaosSeed, seed, strings.Join(c.script, "\n"))
 		}
 	})
@@ -129,6 +129,7 @@ func (c *chaos) start(slot int) {
 	if c.dirs[slot] == "" {
 		c.dirs[slot] = c.TempDir()
 	}
+	began := time.Now()
 	c.all = slices.DeleteFunc(c.all, func(s *sidecar) bool { return s.ended() })
 	s := c.add(c.dirs[slot], func(_ int, config *Config) {
 		config.Fsync = c.real // nobody pulls the plug
@@ -148,6 +149,7 @@ func (c *chaos) start(slot int) {
 	cut := c.net.gossipCut(slot)
 	s.n.membership.gossip.transport.cut.Store(&cut)
 	c.slots[slot].Store(s)
+	c.note("started %d in %v", slot, time.Since(began).Round(time.Millisecond))
 }
 
 // living are those that run.
@@ -199,7 +201,7 @@ func (c *chaos) healthyBy(s *sidecar, r *replica) bool {
 	return voters == 3 && len(servers) == len(c.slots)
 }
 
-// client writes and reads one operation after the other, mostly through whoever believes to be active, be that true or
+// client writes or reads, one operation after the other, mostly through whoever believes to be active, be that true or
 // not.
 func (c *chaos) client(number int, stop <-chan struct{}) {
 	rnd := rand.New(rand.NewPCG(c.seed, uint64(number)+1))
@@ -207,7 +209,7 @@ func (c *chaos) client(number int, stop <-chan struct{}) {
 		select {
 		case <-stop:
 			return
-		case <-time.After(time.Duration(rnd.IntN(20)) * time.Millisecond):
+		case <-time.After(time.Duration(rnd.IntN(16)) * time.Millisecond):
 		}
 		all := c.living()
 		actives := slices.DeleteFunc(slices.Clone(all), func(s *sidecar) bool { return !s.active() })
@@ -218,7 +220,7 @@ func (c *chaos) client(number int, stop <-chan struct{}) {
 			continue
 		}
 		s, key := actives[rnd.IntN(len(actives))], fmt.Sprint("k", rnd.IntN(chaosKeys))
-		if rnd.IntN(2) == 0 {
+		if number%2 == 0 {
 			c.check.read(number, s, key)
 		} else {
 			c.check.write(number, s, c.by, key, fmt.Sprint("v", c.value.Add(1)))
@@ -253,7 +255,7 @@ func (c *chaos) note(format string, args ...any) {
 // all at once, for a while; then all is well for a shorter one.
 func (c *chaos) step() {
 	n := len(c.slots)
-	process, network, disk := c.rnd.IntN(8), c.rnd.IntN(12), c.rnd.IntN(6)
+	process, network, disk := c.rnd.IntN(8), c.rnd.IntN(14), c.rnd.IntN(6)
 	a, b, d := c.rnd.IntN(n), c.rnd.IntN(n-1), c.rnd.IntN(n)
 	if b >= a {
 		b++
@@ -264,8 +266,8 @@ func (c *chaos) step() {
 	}
 	stopped := c.process(process)
 	c.network(network, a, b)
-	if !slices.Contains(stopped, d) {
-		c.disk(disk, d)
+	if !slices.Contains(stopped, d) && c.disk(disk, d) {
+		hold += hungAfter
 	}
 	time.Sleep(hold)
 	c.calmDisks()
@@ -321,8 +323,9 @@ func (c *chaos) process(kind int) (stopped []int) {
 		c.snapshot(victim)
 	}
 	for _, slot := range stopped {
-		c.note("stop %d, with its directory: %v", slot, c.dirs[slot] != "")
+		began := time.Now()
 		c.slots[slot].Load().stop()
+		c.note("stopped %d in %v, with its directory: %v", slot, time.Since(began).Round(time.Millisecond), c.dirs[slot] != "")
 	}
 	return stopped
 }
@@ -374,7 +377,9 @@ func (c *chaos) network(kind, a, b int) {
 	case 8:
 		c.note("connections between %d and %d are reset", a, b)
 		c.net.reset(a, b)
-	case 9: // a majority is cut off from the rest
+	case 9, 10: // cut off while it is active, and another is elected before it has noticed
+		c.usurp(b)
+	case 11: // a majority is cut off from the rest
 		side := c.rnd.Perm(len(c.slots))
 		half := len(side) / 2
 		c.note("%v and %v are parted", side[:half], side[half:])
@@ -382,6 +387,19 @@ func (c *chaos) network(kind, a, b int) {
 			for _, y := range side[half:] {
 				c.net.set(way{x, y}, cut)
 				c.net.set(way{y, x}, cut)
+			}
+		}
+	}
+}
+
+func (c *chaos) usurp(heir int) {
+	s := c.slots[heir].Load()
+	for i := range c.slots {
+		if old := c.slots[i].Load(); i != heir && old.active() && !s.ended() {
+			c.note("%d, which is active, is cut off, and %d stands for election", i, heir)
+			c.around(i, wayFaults{cut: true}, wayFaults{cut: true})
+			if r := s.n.running.Load(); r != nil {
+				go r.transport.campaign(r.id) // until raft hears it, which may be writing to a disk that hangs
 			}
 		}
 	}
@@ -397,7 +415,8 @@ func (c *chaos) around(slot int, from, to wayFaults) {
 	}
 }
 
-func (c *chaos) disk(kind, slot int) {
+// disk says whether it hangs.
+func (c *chaos) disk(kind, slot int) (hangs bool) {
 	switch kind {
 	case 0:
 		slow := time.Duration(5+c.rnd.IntN(100)) * time.Millisecond
@@ -406,5 +425,7 @@ func (c *chaos) disk(kind, slot int) {
 	case 1:
 		c.note("the disk of %d hangs", slot)
 		c.disks[slot].set(0, true)
+		return true
 	}
+	return false
 }

@@ -465,20 +465,37 @@ func (g *gossip) addr() string {
 }
 
 // setTags replaces the tags that are not of the configuration. It returns when they were sent to some member, if there
-// is one; an error that is not about their size does not mean that they are not spread later.
+// is one, or when gossip is closed; an error that is not about their size does not mean that they are not spread later.
 func (g *gossip) setTags(tags map[string]string) error {
 	g.tagsMu.Lock()
 	defer g.tagsMu.Unlock()
 	all := g.allTags(tags)
-	if maps.Equal(all, g.sent) {
+	if maps.Equal(all, g.sent) || g.closed() {
 		return nil
 	}
 	g.noteClusterID(tags)
-	if err := g.serf.SetTags(all); err != nil {
-		return fmt.Errorf("setting gossip tags: %w", err)
+	g.sent = nil // until they are known to be spread, anything is a change
+	told := make(chan error, 1)
+	go func() { told <- g.serf.SetTags(all) }() // waits for as long as BroadcastTimeout, even for a memberlist that is shut down
+	select {
+	case err := <-told:
+		if err != nil {
+			return fmt.Errorf("setting gossip tags: %w", err)
+		}
+	case <-g.stop:
+		return nil
 	}
 	g.sent = all
 	return nil
+}
+
+func (g *gossip) closed() bool {
+	select {
+	case <-g.stop:
+		return true
+	default:
+		return false
+	}
 }
 
 func (g *gossip) allTags(tags map[string]string) map[string]string {
