@@ -93,8 +93,8 @@ func (k *markKeeper) keep(s *Store) {
 		err = errors.Join(err, merr)
 	} else if now != k.manifest {
 		k.manifest = now // it may be in the middle of a write
-	} else if now != s.files.mark.manifest {
-		err = errors.Join(err, s.raftLog.noteManifest(now))
+	} else {
+		err = errors.Join(err, s.raftLog.noteManifest(now)) // nothing, if that is what it says
 	}
 	if err != nil && !k.failed {
 		s.log.Warn("writing the watermark: a lost end of the database may not be noticed until it can be", "err", err)
