@@ -45,6 +45,7 @@ type seams struct {
 	faults faults                                                            // of raft's requests
 	log    func(raft.LogStore) raft.LogStore                                 // round raft's log
 	gossip *gossipTiming
+	birth  *birthTiming
 	roles  *roleTiming
 }
 

@@ -213,6 +213,22 @@ func (s *sidecar) call(ctx context.Context, call *appendCall) error {
 	}
 }
 
+// inAHurry lets a fleet grow and heal in seconds. Nothing but time-outs is shorter.
+var inAHurry = seams{
+	gossip: &gossipTiming{
+		firstJoin: 20 * time.Millisecond, lastJoin: 200 * time.Millisecond, rejoin: time.Second, lostRejoin: time.Second,
+		gather: time.Millisecond, probe: 300 * time.Millisecond,
+	},
+	birth: &birthTiming{
+		join: 300 * time.Millisecond, settle: 10 * time.Millisecond, again: 100 * time.Millisecond, answer: 2 * time.Second,
+		report: 30 * time.Second, endorse: time.Second,
+	},
+	roles: &roleTiming{
+		stable: 2 * time.Second, replacement: 200 * time.Millisecond, dead: time.Second, deadAlone: 3 * time.Second,
+		absent: time.Second, patience: 2 * time.Second, unreached: 15 * time.Second, barred: 5 * time.Second,
+	},
+}
+
 // fleet is a cluster in this process, over loopback.
 type fleet struct {
 	*testing.T
@@ -233,7 +249,7 @@ func newFleet(t *testing.T, n int, change func(i int, c *Config)) *fleet {
 func (f *fleet) add(dir string, change func(i int, c *Config)) *sidecar {
 	f.Helper()
 	c := testConfig(dir)
-	c.Cluster = &ClusterConfig{Name: "test", Gossip: "127.0.0.1:0", Peer: "127.0.0.1:0", MaxVoters: 3}
+	c.Cluster = &ClusterConfig{Name: "test", Gossip: "127.0.0.1:0", Peer: "127.0.0.1:0", MaxVoters: 3, seams: inAHurry}
 	for _, s := range f.all {
 		if !s.ended() {
 			c.Cluster.Join = append(c.Cluster.Join, s.n.GossipAddr())

@@ -103,6 +103,7 @@ func crashChild(dir string, first int, out io.Writer) error {
 }
 
 func TestAKillLosesNothingAcknowledged(t *testing.T) {
+	t.Parallel()
 	kills := 8
 	if v := os.Getenv(crashKills); v != "" {
 		var err error

@@ -262,6 +262,7 @@ func TestARestartWithANewAddressIsResolvedAtOnce(t *testing.T) {
 }
 
 func TestALeaverIsToldFromAFailure(t *testing.T) {
+	t.Parallel()
 	a := startGossip(t, gossipConfig(), "a", hurried, gossipHooks{})
 	b := startGossip(t, gossipConfig(a.addr()), "b", hurried, gossipHooks{})
 	c := startGossip(t, gossipConfig(a.addr()), "c", hurried, gossipHooks{})
@@ -299,6 +300,7 @@ func cut(gs ...*gossip) (heal func()) {
 }
 
 func TestHalvesThatWereCutApartFindEachOtherAgain(t *testing.T) {
+	t.Parallel()
 	a := startGossip(t, gossipConfig(), "a", hurried, gossipHooks{})
 	b := startGossip(t, gossipConfig(a.addr()), "b", hurried, gossipHooks{})
 	c := startGossip(t, gossipConfig(a.addr()), "c", hurried, gossipHooks{})

@@ -98,6 +98,9 @@ func (n *Node) openMember(c ClusterConfig) error {
 		members: m.gossip.members, changed: m.gossip.changed, ask: m.status.ask, found: m.found, waiting: m.wait,
 		log: n.log, timing: defaultBirthTiming,
 	}
+	if c.seams.birth != nil {
+		m.birth.timing = *c.seams.birth
+	}
 	m.workers.Go(m.followGossip)
 	m.workers.Go(m.keepTags)
 	if fresh || removed {

@@ -51,6 +51,7 @@ func TestAQuietLeaderStaysWhatItIs(t *testing.T) {
 
 // Raft's log is cut by bytes, not only by the number of entries, and what was cut off is not needed to start.
 func TestRaftsLogIsCutByBytes(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	c := testConfig(dir)
 	c.Fsync = false
