@@ -1,12 +1,8 @@
 package store
 
 import (
-	"fmt"
 	"log/slog"
 	"os"
-	"path/filepath"
-	"strconv"
-	"strings"
 	"sync/atomic"
 	"time"
 )
@@ -125,7 +121,7 @@ func (p *prealloc) newest() string {
 }
 
 func (p *prealloc) path(n int) string {
-	return filepath.Join(p.dir, fmt.Sprintf("%05d%s", n, walSuffix))
+	return walName(p.dir, n)
 }
 
 // scan gives the highest number in the directory, 0 if there is none.
@@ -138,10 +134,7 @@ func (p *prealloc) scan() int {
 	names, _ := dir.Readdirnames(-1) // what could be read will do
 	highest := 0
 	for _, name := range names {
-		number, ok := strings.CutSuffix(name, walSuffix)
-		if n, err := strconv.Atoi(number); ok && err == nil {
-			highest = max(highest, n)
-		}
+		highest = max(highest, walNumber(name))
 	}
 	return highest
 }

@@ -96,6 +96,7 @@ type Store struct {
 	barrier   *barrier // nil in memory
 	compactor compactor
 	prealloc  *prealloc // nil: not worth it here
+	wal       *walSync  // nil: badger syncs, or nobody does
 	kick      chan struct{}
 	stop      chan struct{}
 	workers   sync.WaitGroup
@@ -166,6 +167,9 @@ func (s *Store) open() error {
 		return s.openError(err)
 	}
 	s.db = db
+	if ownSync && s.opt.Fsync && s.files != nil {
+		s.wal = &walSync{dir: s.files.database()}
+	}
 	if err := s.load(); err != nil {
 		if cerr := s.closeDatabase(); cerr != nil {
 			s.log.Warn("closing the database", "err", cerr)
@@ -183,7 +187,7 @@ func (s *Store) badgerOptions() badger.Options {
 	}
 	return badger.DefaultOptions(dir).
 		WithInMemory(dir == "").
-		WithSyncWrites(s.opt.Fsync).
+		WithSyncWrites(s.opt.Fsync && !ownSync).
 		WithMemTableSize(memTableBytes).
 		// Up to this size the tree is level 0 and the last one: with 10 MiB each byte was written once more for level 5,
 		// and for large commits once more for level 4.
@@ -352,7 +356,11 @@ func (s *Store) transact(fill func(*badger.Txn) error, own uint64) error {
 	if err := fill(txn); err != nil {
 		return err
 	}
-	if err := txn.Commit(); err != nil {
+	err := txn.Commit()
+	if err == nil && s.wal != nil {
+		err = s.wal.sync()
+	}
+	if err != nil {
 		if !s.db.IsClosed() {
 			// What a failed sync has left on disk nobody knows, and a memtable that could not be made ends the process at
 			// the next write (badger's ensureRoomForWrite).
@@ -479,6 +487,10 @@ func (s *Store) shut() error {
 	if s.db != nil {
 		err = s.closeDatabase()
 		s.db = nil
+	}
+	if s.wal != nil {
+		err = errors.Join(err, s.wal.close())
+		s.wal = nil
 	}
 	if s.files != nil {
 		err = errors.Join(err, s.files.close())

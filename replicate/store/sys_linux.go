@@ -46,3 +46,24 @@ func reserve(name string, size int64) error {
 func allocate(f *os.File, size int64) error {
 	return syscall.Fallocate(int(f.Fd()), 0, 0, size)
 }
+
+// ownSync: walSync syncs what badger writes, instead of badger.
+const ownSync = true
+
+// dataSync puts what a file holds on disk, also what was written to it through a mapping.
+func dataSync(f *os.File) error {
+	for {
+		if err := syscall.Fdatasync(int(f.Fd())); !errors.Is(err, syscall.EINTR) {
+			return os.NewSyscallError("fdatasync", err)
+		}
+	}
+}
+
+// unlinked says whether an open file has been deleted.
+func unlinked(f *os.File) (bool, error) {
+	var st syscall.Stat_t
+	if err := syscall.Fstat(int(f.Fd()), &st); err != nil {
+		return false, os.NewSyscallError("fstat", err)
+	}
+	return st.Nlink == 0, nil
+}
