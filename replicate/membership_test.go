@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"fmt"
 	"log/slog"
+	"net"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -318,5 +319,63 @@ func TestOneOfSeveralVotersSaysThatItIsAlone(t *testing.T) {
 	defer h.close()
 	if log.count("without a way to the others") != 1 || log.count("voters=3") != 1 {
 		t.Fatal(log.buf.String())
+	}
+}
+
+func TestADamagedMemberComesBackAsANewNode(t *testing.T) {
+	t.Parallel()
+	f := newFleet(t, 3, nil)
+	f.await("three voters", func() bool { return f.roles()[RoleVoter] == 3 })
+	f.put("key", "value")
+	old := f.all[1]
+	f.stopped(old, false)
+	if err := os.WriteFile(filepath.Join(old.dir, "db", "MANIFEST"), []byte("rubbish"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	fresh := f.add(old.dir, nil)
+	f.await("new voter in the old one's place", func() bool {
+		c := f.configuration()
+		return fresh.n.ID() != old.n.ID() && c[fresh.n.ID()] == RoleVoter && c[old.n.ID()] == "" && len(c) == 3
+	})
+	f.await("copy", func() bool { return fresh.value("key") == "value" })
+}
+
+// All have the same command line, and each is named in its own --join. The founder is killed as soon as it has founded.
+func TestOneCommandLineForAll(t *testing.T) {
+	t.Parallel()
+	var seeds []string
+	for range 3 {
+		l, err := net.Listen("tcp", "127.66.0.1:0") // where nobody else takes the port before it is bound again
+		if err != nil {
+			l, err = net.Listen("tcp", "127.0.0.1:0")
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		seeds = append(seeds, l.Addr().String())
+		if err := l.Close(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	f := &fleet{T: t}
+	start := func(i int, dir string) *sidecar {
+		return f.add(dir, func(_ int, c *Config) {
+			c.Cluster.Gossip, c.Cluster.Join, c.Cluster.BootstrapExpect = seeds[i], seeds, 3
+		})
+	}
+	dirs := []string{t.TempDir(), t.TempDir(), t.TempDir()}
+	for i, dir := range dirs {
+		start(i, dir)
+	}
+	founder := f.active()
+	at := slices.Index(f.all, founder)
+	f.stopped(founder, false)
+	f.all[at] = start(at, dirs[at])
+	f.all = f.all[:3]
+	f.await("three voters", func() bool { return f.roles()[RoleVoter] == 3 && len(f.configuration()) == 3 })
+	f.put("key", "value")
+	id := f.active().n.Status().ClusterID
+	for _, s := range f.all {
+		f.await("copy", func() bool { return s.value("key") == "value" && s.n.Status().ClusterID == id })
 	}
 }
