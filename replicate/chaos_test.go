@@ -76,6 +76,7 @@ type chaos struct {
 	slots   []atomic.Pointer[sidecar]
 	dirs    []string
 	script  []string
+	founded bool
 	value   atomic.Int64
 }
 
@@ -91,7 +92,7 @@ func newChaos(t *testing.T, seed uint64, size int, lasting time.Duration, real b
 	t.Cleanup(func() { // after the sidecars have been stopped
 		close(c.net.stop)
 		if t.Failed() || testing.Verbose() {
-			t.Logf("repeat with %s=%d (several times, if need be); the nemesis did:\n%s", chaosSeed, seed, strings.Join(c.script, "\n"))
+			t.Logf("repeat with %s=%d, and E2E_LONG as it was (%q), several times if need be; the nemesis did:\n%s", chaosSeed, seed, os.Getenv("E2E_LONG"), strings.Join(c.script, "\n"))
 		}
 	})
 	return c
@@ -133,6 +134,10 @@ func (c *chaos) start(slot int) {
 	c.all = slices.DeleteFunc(c.all, func(s *sidecar) bool { return s.ended() })
 	s := c.add(c.dirs[slot], func(_ int, config *Config) {
 		config.Fsync = c.real // nobody pulls the plug
+		if c.founded {
+			// Somebody to join is named even when nobody is there, or one that was never taken in would found a cluster.
+			config.Cluster.Join = append(config.Cluster.Join, "127.0.0.1:1")
+		}
 		config.RaftTimeout = 300 * time.Millisecond
 		seams := seams{
 			dial: c.net.dialer(slot), faults: chaosFaults{c.net, slot},
@@ -149,6 +154,7 @@ func (c *chaos) start(slot int) {
 	cut := c.net.gossipCut(slot)
 	s.n.membership.gossip.transport.cut.Store(&cut)
 	c.slots[slot].Store(s)
+	c.founded = true
 	c.note("started %d in %v", slot, time.Since(began).Round(time.Millisecond))
 }
 

@@ -249,7 +249,8 @@ func newFleet(t *testing.T, n int, change func(i int, c *Config)) *fleet {
 func (f *fleet) add(dir string, change func(i int, c *Config)) *sidecar {
 	f.Helper()
 	c := testConfig(dir)
-	c.Cluster = &ClusterConfig{Name: "test", Gossip: "127.0.0.1:0", Peer: "127.0.0.1:0", MaxVoters: 3, seams: inAHurry}
+	// A name of its own: the ports of one fleet may soon be another's.
+	c.Cluster = &ClusterConfig{Name: f.Name(), Gossip: "127.0.0.1:0", Peer: "127.0.0.1:0", MaxVoters: 3, seams: inAHurry}
 	for _, s := range f.all {
 		if !s.ended() {
 			c.Cluster.Join = append(c.Cluster.Join, s.n.GossipAddr())
