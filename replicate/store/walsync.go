@@ -68,9 +68,27 @@ func (w *walSync) find() error {
 			return err
 		}
 	}
+	for {
+		number, err := w.oldest()
+		if err != nil {
+			return err
+		}
+		f, err := os.Open(walName(w.dir, number))
+		if errors.Is(err, fs.ErrNotExist) {
+			continue // badger has given it up since the directory was read, as it does with what it has replayed at start
+		}
+		if err != nil {
+			return fmt.Errorf("looking for the write-ahead log: %w", err)
+		}
+		return w.turn(f, number)
+	}
+}
+
+// oldest is the lowest number of a log; the newest log is never given up, so there is one.
+func (w *walSync) oldest() (int, error) {
 	entries, err := os.ReadDir(w.dir)
 	if err != nil {
-		return err
+		return 0, err
 	}
 	oldest := 0
 	for _, e := range entries {
@@ -78,11 +96,10 @@ func (w *walSync) find() error {
 			oldest = n
 		}
 	}
-	f, err := os.Open(walName(w.dir, oldest))
-	if err != nil {
-		return fmt.Errorf("looking for the write-ahead log: %w", err)
+	if oldest == 0 {
+		return 0, fmt.Errorf("there is no write-ahead log in %s", w.dir)
 	}
-	return w.turn(f, oldest)
+	return oldest, nil
 }
 
 // turn syncs the log that is open, and goes on with another.
