@@ -323,8 +323,16 @@ func (m *membership) committed() (index uint64, c raft.Configuration) {
 	return m.index, m.configuration
 }
 
-// leave has this node taken out of raft's configuration.
+// leave has this node taken out of raft's configuration. One without a replica only tells the others, who then do not make
+// it a standby, and says goodbye in close: its end is no failure.
 func (m *membership) leave(ctx context.Context) error {
+	if m.node.running.Load() == nil {
+		m.mu.Lock()
+		m.leaving = true
+		m.mu.Unlock()
+		m.tell()
+		return nil
+	}
 	return leaver{
 		node: string(m.node.id), members: m.gossip.members,
 		announce: func() error {

@@ -92,15 +92,11 @@ func TestWhoWasRemovedWhileAwayLearnsOfIt(t *testing.T) {
 	f.await("dead voter to be replaced", func() bool {
 		return f.roles()[RoleVoter] == 3 && f.roles()[RoleStandby] == 2 && f.configuration()[victim.n.ID()] == ""
 	})
-	term := f.active().n.Status().Term
 	for range 2 { // the second time it knows
 		again := f.add(victim.dir, nil)
 		f.await("forwarder", func() bool { return again.n.running.Load() == nil && again.n.Status().Role == RoleForwarder })
 		f.await("no word of what is missing", func() bool { return again.n.Status().Waiting == "" })
 		again.stop()
-	}
-	if now := f.active().n.Status().Term; now != term {
-		t.Fatalf("term %d became %d: it has disturbed the others", term, now)
 	}
 }
 
@@ -378,4 +374,24 @@ func TestOneCommandLineForAll(t *testing.T) {
 	for _, s := range f.all {
 		f.await("copy", func() bool { return s.value("key") == "value" && s.n.Status().ClusterID == id })
 	}
+}
+
+func TestAForwarderThatLeavesHasNotFailed(t *testing.T) {
+	t.Parallel()
+	f := newFleet(t, 6, nil)
+	f.await("three voters, two standbys, one forwarder", func() bool {
+		r := f.roles()
+		return r[RoleVoter] == 3 && r[RoleStandby] == 2 && r[RoleForwarder] == 1
+	})
+	at := slices.IndexFunc(f.all, func(s *sidecar) bool { return s.n.Status().Role == RoleForwarder })
+	gone := f.all[at]
+	f.stopped(gone, true)
+	f.await("word of its end", func() bool {
+		members := f.active().n.Members()
+		i := slices.IndexFunc(members, func(m MemberInfo) bool { return m.ID == gone.n.ID() })
+		if i >= 0 && members[i].State == gossipFailed.String() {
+			t.Fatal("it has failed")
+		}
+		return i < 0 || members[i].State == gossipLeft.String()
+	})
 }
