@@ -3,6 +3,7 @@ package replicate
 import (
 	"os"
 	"runtime"
+	"slices"
 	"sync"
 	"testing"
 	"time"
@@ -46,8 +47,14 @@ func TestAHundredSidecarsAreThreeVotersTwoStandbysAndForwardersAtRest(t *testing
 	}
 
 	f.put("key", "value")
-	f.stopped(f.voter(), false)
+	dead := f.voter()
+	f.stopped(dead, false)
 	f.settled(3, 2, size-6)
+	f.await("everyone to know that it is no voter any more", func() bool {
+		return !slices.ContainsFunc(f.all, func(s *sidecar) bool {
+			return !s.ended() && slices.ContainsFunc(s.n.Members(), func(m MemberInfo) bool { return m.ID == dead.n.ID() && m.Role != RoleForwarder })
+		})
+	})
 	f.stopped(f.active(), false)
 	f.put("another", "value")
 	f.settled(3, 2, size-7)

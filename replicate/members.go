@@ -130,13 +130,15 @@ func (n *Node) Members() []MemberInfo {
 	m.mu.Lock()
 	configuration := m.configuration
 	m.mu.Unlock()
+	// A forwarder has heard from the leader who belongs to it; tags of the dead are those of their lives.
+	_, _, told, _ := m.status.configuration()
 	infos := map[string]*MemberInfo{}
 	for _, g := range m.gossip.members() {
 		infos[g.ID] = &MemberInfo{
 			ID: g.ID, State: g.State.String(), Role: g.Tags[tagRole], Zone: g.Tags[tagZone], Machine: g.Tags[tagMachine],
 			Version: g.Tags[tagVersion], GossipAddr: g.GossipAddr, PeerAddr: g.PeerAddr,
 		}
-		if len(configuration.Servers) > 0 { // what we have from raft is newer
+		if len(configuration.Servers) > 0 || len(told) > 0 && !slices.Contains(told, g.ID) { // newer than tags
 			infos[g.ID].Role = RoleForwarder
 		}
 	}
