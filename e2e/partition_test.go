@@ -38,21 +38,18 @@ func silent(t *testing.T, s *lab.Sidecar, group, topic string) {
 	}
 }
 
-// TestPartitions: whoever is cut off, in both directions or in one, the majority goes on, the minority answers no reads,
-// and afterwards they are one again.
-func TestPartitions(t *testing.T) {
-	c, w := islands(t)
-	const topic = "partitions"
-	all := pulses(t, topic, c.Sidecars...)
-	h, nextKeys, stop := historians(t, topic, 1, c.Sidecars...)
+// cut is one way to part sidecars.
+type cut struct {
+	name string
+	// part cuts, and says which sidecar is cut off: nil, if each still has a way to another, or one may have two leaders.
+	part       func(leader *lab.Sidecar) (off *lab.Sidecar, err error)
+	staysAlone bool // the leader stays what it is
+	short      bool // tried in CI, too
+}
+
+func cuts(c *lab.Cluster, w *lab.Network) []cut {
 	first := func(s *lab.Sidecar) *lab.Sidecar { return others(c, s)[0] }
-	for _, cut := range []struct {
-		name string
-		// part cuts, and says which sidecar is cut off: nil, if each still has a way to another, or one may have two leaders.
-		part       func(leader *lab.Sidecar) (off *lab.Sidecar, err error)
-		staysAlone bool // the leader stays what it is
-		short      bool // tried in CI, too
-	}{
+	return []cut{
 		{"the active one", func(l *lab.Sidecar) (*lab.Sidecar, error) { return l, w.Cut(l.Net) }, false, true},
 		{"a follower", func(l *lab.Sidecar) (*lab.Sidecar, error) { return first(l), w.Cut(first(l).Net) }, true, true},
 		{"the active one is not heard", func(l *lab.Sidecar) (*lab.Sidecar, error) {
@@ -85,7 +82,17 @@ func TestPartitions(t *testing.T) {
 			}
 			return nil, w.Drop(first(l).Net, l.Net)
 		}, false, true},
-	} {
+	}
+}
+
+// TestPartitions: whoever is cut off, in both directions or in one, the majority goes on, the minority answers no reads,
+// and afterwards they are one again.
+func TestPartitions(t *testing.T) {
+	c, w := islands(t)
+	const topic = "partitions"
+	all := pulses(t, topic, c.Sidecars...)
+	h, nextKeys, stop := historians(t, topic, 1, c.Sidecars...)
+	for _, cut := range cuts(c, w) {
 		if !long && !cut.short {
 			continue
 		}
@@ -97,7 +104,7 @@ func TestPartitions(t *testing.T) {
 			check(t, err)
 			left := slices.DeleteFunc(slices.Clone(all), func(p *pulse) bool { return p.at == off })
 			if off == nil { // either of the two may be the one that finds no way
-				left = slices.DeleteFunc(left, func(p *pulse) bool { return p.at == leader || p.at == first(leader) })
+				left = slices.DeleteFunc(left, func(p *pulse) bool { return p.at == leader || p.at == others(c, leader)[0] })
 			}
 			pause := undisturbed(t, 30*time.Second, left...)
 			t.Logf("the slowest commit at the others took %s", pause)
