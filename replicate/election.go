@@ -12,7 +12,7 @@ import (
 
 // electionStep is how much later than the one before each voter tries, in the order of their ids: a vote takes a round
 // trip and a few disk writes, and two candidates at once may have to wait for a whole time-out.
-const electionStep = 30 * time.Millisecond
+const electionStep = 75 * time.Millisecond
 
 // elections begins an election as soon as the leader is known to be dead, instead of when it has been silent for raft's
 // time-out: a process that is killed closes its connections, and its port refuses new ones. The means is a TimeoutNow

@@ -217,6 +217,7 @@ func TestMistakesInTheConfigurationAreNamed(t *testing.T) {
 		"open gossip":            {args: peers("--gossip", "192.0.2.1:1"), want: []string{"--gossip 192.0.2.1:1", "--peer-cert", "--join-token", "--insecure-peers"}},
 		"open peer port":         {args: peers("--peer", "0.0.0.0:1"), want: []string{"--peer 0.0.0.0:1", "--peer-ca", "--join-token-file", "--insecure-peers"}},
 		"gossip keys alone":      {args: peers("--peer", "0.0.0.0:1", "--gossip-key-file", write(t, "k", "AAAAAAAAAAAAAAAAAAAAAA==\n")), want: []string{"--peer 0.0.0.0:1", "--insecure-peers"}},
+		"mTLS, open gossip":      {args: peers("--gossip", "192.0.2.1:1", "--peer", "192.0.2.1:2", "--peer-cert", "c.pem", "--peer-key", "k.pem", "--peer-ca", "ca.pem"), want: []string{"--gossip 192.0.2.1:1", "--gossip-key-file", "--insecure-peers"}},
 		"half of mTLS":           {args: peers("--peer-cert", "c.pem", "--peer-ca", "ca.pem"), want: []string{"--peer-key is missing"}},
 		"pod without security":   {args: peers("--join", "192.0.2.1"), env: []string{"POD_IP=192.0.2.7"}, want: []string{"--gossip 192.0.2.7:7946", "--join-token"}},
 		"two births":             {args: peers("--join", "127.0.0.1", "--bootstrap-expect", "3", "--bootstrap-arbiter", "upstream"), want: []string{"--bootstrap-expect", "--bootstrap-arbiter", "leave one out"}},

@@ -174,7 +174,14 @@ func (p *PeersConfig) validateSecurity() error {
 			}
 		}
 	}
-	if p.mutualTLS() || p.Token != "" || p.Insecure {
+	if p.Token != "" || p.Insecure {
+		return nil
+	}
+	if p.mutualTLS() {
+		if host, _, _ := net.SplitHostPort(p.Gossip); !loopback(host) && p.GossipKeyFile == "" {
+			return fmt.Errorf("--gossip %s is not on loopback, and certificates protect --peer alone: give the gossip a key that all sidecars share "+
+				"(--gossip-key-file; 'head -c 32 /dev/urandom | base64' makes one), or, in a network that you trust, --insecure-peers", p.Gossip)
+		}
 		return nil
 	}
 	for _, b := range []struct{ flag, addr string }{{"--gossip", p.Gossip}, {"--peer", p.Peer}} {
