@@ -24,6 +24,9 @@ const (
 	// flushes and compactions, which ask nobody, take a tenth of one.
 	watchEvery = 2 * time.Millisecond
 	watchAfter = 2 * time.Second // and so long after the last write
+	// With watchAhead more than is needed it may be less often: that is ten times what can be filled meanwhile.
+	watchCalmly = 50 * time.Millisecond
+	watchAhead  = 512 << 20
 	// watchBarrier is how often it is looked at when the only question is whether there is space again.
 	watchBarrier = 50 * time.Millisecond
 	// openBytes is what opening the database may write: its memtables become tables.
@@ -204,12 +207,13 @@ func (g *guard) watch(b *barrier, stop <-chan struct{}) {
 	tick := time.NewTicker(watchEvery)
 	defer tick.Stop()
 	logs := prealloc{dir: b.dir}
+	relaxed := false
 	for last := time.Now(); ; {
 		select {
 		case <-stop:
 			return
 		case <-g.wake:
-			last = time.Now()
+			last, relaxed = time.Now(), false
 			tick.Reset(watchEvery)
 			continue
 		case <-tick.C:
@@ -218,12 +222,20 @@ func (g *guard) watch(b *barrier, stop <-chan struct{}) {
 			last = time.Now()
 		}
 		_, up := b.up()
-		if idle := time.Since(last) > watchAfter; idle && up {
+		idle := time.Since(last) > watchAfter
+		if idle && up {
 			tick.Reset(watchBarrier)
 		} else if idle {
 			tick.Stop()
 		}
 		free, total, err := g.space(g.dir)
+		if calm := err == nil && !up && free > g.floor(total)+watchAhead; calm != relaxed && !idle {
+			if relaxed = calm; calm {
+				tick.Reset(watchCalmly)
+			} else {
+				tick.Reset(watchEvery)
+			}
+		}
 		switch {
 		case err != nil:
 		case free < g.floor(total)*3/4:
@@ -231,6 +243,7 @@ func (g *guard) watch(b *barrier, stop <-chan struct{}) {
 			g.giveUp("disk space is very low: the ballast was given up")
 		case up && free >= g.floor(total):
 			b.lower()
+			relaxed = false
 			tick.Reset(watchEvery)
 		case !up && free > g.floor(total)+walBytes:
 			if name := logs.newest(); name != "" {
