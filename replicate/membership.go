@@ -297,7 +297,7 @@ func (m *membership) leads(r *replica, term uint64) {
 		}
 		newRoles(rolesConfig{
 			node: string(m.node.id), maxVoters: m.config.MaxVoters, raft: r.raft, configuration: m.committed,
-			members: m.gossip.members, changed: m.gossip.changed, progress: m.progress, log: m.node.log, timing: timing,
+			members: m.gossip.members, changed: m.gossip.changed, progress: m.progress, answers: m.vet, log: m.node.log, timing: timing,
 		}).reconcileRoles(ctx)
 	}()
 }
@@ -314,6 +314,15 @@ func (m *membership) progress() map[string]peerProgress {
 		progress[string(i.ID)] = peerProgress{match: i.Match, contact: i.Contact}
 	}
 	return progress
+}
+
+// vet asks a node whether it is of our cluster. One that knows no cluster yet becomes ours.
+func (m *membership) vet(ctx context.Context, node string) error {
+	f, err := m.status.ask(ctx, node)
+	if own := uuid.UUID(m.identity().clusterID); err == nil && f.ClusterID != own && f.ClusterID != uuid.Nil {
+		return errOtherCluster
+	}
+	return err
 }
 
 // committed is the newest configuration that raft has committed.

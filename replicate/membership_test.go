@@ -233,6 +233,25 @@ func TestWhoWasFoundFoundsNothing(t *testing.T) {
 	}
 }
 
+// It has the key of gossip, and neither the token nor a certificate.
+func TestAnImpostorInGossipGetsNoRole(t *testing.T) {
+	t.Parallel()
+	keyed := func(token string) func(int, *Config) {
+		return func(_ int, c *Config) {
+			c.Cluster.Security = Security{Token: token, Keyring: [][]byte{[]byte("0123456789abcdef")}}
+		}
+	}
+	f := newFleet(t, 1, keyed("correct horse"))
+	leader := f.active()
+	impostor := f.add(t.TempDir(), keyed("battery staple"))
+	f.await("impostor in gossip", func() bool { return leader.n.membership.alive(impostor.n.ID()) })
+	other := f.add(t.TempDir(), keyed("correct horse"))
+	f.await("standby", func() bool { return f.configuration()[other.n.ID()] == RoleStandby }) // it came later
+	if role := f.configuration()[impostor.n.ID()]; role != "" {
+		t.Fatalf("the impostor is a %s", role)
+	}
+}
+
 // Not parallel: it counts what the process has.
 func TestClosedNodesLeaveNothingBehind(t *testing.T) {
 	life := func() {

@@ -33,7 +33,7 @@ type roleNode struct {
 	match        uint64    // of our log, what it has
 
 	zone, machine, version string
-	barred                 bool // it was a standby that could not be reached
+	barred                 bool // it could not be reached as a standby, or did not answer when it was to become one
 }
 
 // roleView is what plan looks at: every node of the configuration and of gossip, once.
@@ -56,12 +56,13 @@ type roleTiming struct {
 	patience    time.Duration // how long a leaver is kept for its replacement
 	unreached   time.Duration // how long a server that gossip calls alive may be out of contact
 	barred      time.Duration // how long a standby that could not be reached is not tried again
+	unanswered  time.Duration // the same for a forwarder that did not answer when it was wanted
 }
 
 // In a fresh cluster nothing but the standbys' catching up is waited for.
 var defaultRoleTiming = roleTiming{
 	stable: 10 * time.Second, replacement: 2 * time.Second, dead: 5 * time.Second, deadAlone: 30 * time.Second,
-	absent: 2 * time.Second, patience: 2 * time.Second, unreached: 15 * time.Second, barred: time.Minute,
+	absent: 2 * time.Second, patience: 2 * time.Second, unreached: 15 * time.Second, barred: time.Minute, unanswered: 5 * time.Second,
 }
 
 // Limits of a configuration.
@@ -93,6 +94,9 @@ type roleChange struct {
 	kind changeKind
 	id   string
 	why  string
+	// newcomer is the forwarder in whose favour the change is; "": none. That gossip names it says little: it has to
+	// answer first.
+	newcomer string
 }
 
 // unreached says that gossip thinks well of a server, but raft has not heard of it for too long.
@@ -196,10 +200,10 @@ func (v *roleView) find(id string) (roleNode, bool) {
 	return v.nodes[i], true
 }
 
-// stayers counts.
+// stayers counts. Who is not to be had as a standby cannot become a voter either.
 func (v *roleView) stayers() (count int) {
-	for i := range v.nodes {
-		if v.staying(v.nodes[i]) {
+	for _, n := range v.nodes {
+		if v.staying(n) && (n.role != forwarder || !n.barred) {
 			count++
 		}
 	}
@@ -247,27 +251,28 @@ func (v *roleView) planExit() roleChange {
 		heir := slices.MaxFunc(heirs, func(a, b roleNode) int {
 			return cmp.Or(boolCompare(a.ready, b.ready), cmp.Compare(a.match, b.match), cmp.Compare(b.id, a.id))
 		})
-		return roleChange{handLeadership, heir.id, "the leader leaves"}
+		return roleChange{kind: handLeadership, id: heir.id, why: "the leader leaves"}
 	}
 	if ready := v.candidates(0); len(ready) > 0 {
-		return roleChange{promote, ready[0].id, "the only voter leaves"}
+		return roleChange{kind: promote, id: ready[0].id, why: "the only voter leaves"}
 	}
 	return v.planStandbys()
 }
 
 // planStandbyGone drops standbys that went, or died.
 func (v *roleView) planStandbyGone() roleChange {
+	idle := v.idle()
 	for _, n := range v.which(standby, nil) {
 		switch {
 		case v.going(n):
-			return roleChange{removeServer, n.id, "a standby leaves"}
-		case v.unreached(n) && len(v.idle()) > 0:
-			return roleChange{removeServer, n.id, "a standby cannot be reached"}
+			return roleChange{kind: removeServer, id: n.id, why: "a standby leaves"}
+		case v.unreached(n) && len(idle) > 0:
+			return roleChange{kind: removeServer, id: n.id, why: "a standby cannot be reached", newcomer: slices.MinFunc(idle, v.preference).id}
 		case v.live(n):
 		case n.state == 0 && v.age(n.since) >= v.timing.absent:
-			return roleChange{removeServer, n.id, "a standby is unknown"}
+			return roleChange{kind: removeServer, id: n.id, why: "a standby is unknown"}
 		case n.state == gossipFailed && v.age(n.since) >= v.timing.dead:
-			return roleChange{removeServer, n.id, "a standby is dead"}
+			return roleChange{kind: removeServer, id: n.id, why: "a standby is dead"}
 		}
 	}
 	return roleChange{}
@@ -284,7 +289,7 @@ func (v *roleView) planLeaver() roleChange {
 	})
 	if len(v.which(voter, v.staying)) < v.grow() && len(v.which(voter, nil)) <= v.grow() {
 		if ready := v.candidates(0); len(ready) > 0 {
-			return roleChange{promote, ready[0].id, "a voter leaves"}
+			return roleChange{kind: promote, id: ready[0].id, why: "a voter leaves"}
 		}
 		if leaver.state == gossipLeaving && v.age(leaver.since) < v.timing.patience {
 			if c := v.planStandbys(); c.kind == addStandby {
@@ -296,11 +301,11 @@ func (v *roleView) planLeaver() roleChange {
 		}
 	}
 	if v.quorate(removeServer, leaver.id) {
-		return roleChange{removeServer, leaver.id, "a voter leaves"}
+		return roleChange{kind: removeServer, id: leaver.id, why: "a voter leaves"}
 	}
 	// A dead voter is in the way. If the leaver went all the same there would be no quorum any more.
 	for _, n := range v.which(voter, v.crashed) {
-		return roleChange{demote, n.id, "a dead voter keeps others from leaving"}
+		return roleChange{kind: demote, id: n.id, why: "a dead voter keeps others from leaving"}
 	}
 	return roleChange{}
 }
@@ -317,10 +322,10 @@ func (v *roleView) planDead() roleChange {
 	age, left := v.deadFor(first), len(v.which(voter, nil))-1
 	odd := left%2 == 1
 	if age >= v.timing.dead && (odd && left >= v.leastVoters() || len(v.candidates(v.timing.replacement)) > 0) {
-		return roleChange{demote, first.id, "a dead voter is replaced"}
+		return roleChange{kind: demote, id: first.id, why: "a dead voter is replaced"}
 	}
 	if age >= v.timing.deadAlone && left >= v.leastVoters() && (left >= v.grow() || len(dead) > 1) {
-		return roleChange{demote, first.id, "a voter is dead"}
+		return roleChange{kind: demote, id: first.id, why: "a voter is dead"}
 	}
 	return roleChange{}
 }
@@ -342,7 +347,7 @@ func (v *roleView) planGrowth() roleChange {
 		}
 	}
 	if ready := v.candidates(stable); len(ready) >= needed {
-		return roleChange{promote, ready[0].id, "more voters are wanted"}
+		return roleChange{kind: promote, id: ready[0].id, why: "more voters are wanted"}
 	}
 	return roleChange{}
 }
@@ -361,7 +366,7 @@ func (v *roleView) planShrink() roleChange {
 		return cmp.Or(spreadOf(without(voters, a.id)).compare(spreadOf(without(voters, b.id))), boolCompare(!a.ready, !b.ready),
 			compareVersions(b.version, a.version), cmp.Compare(b.match, a.match), cmp.Compare(a.id, b.id))
 	})
-	return roleChange{demote, worst.id, "fewer voters are wanted"}
+	return roleChange{kind: demote, id: worst.id, why: "fewer voters are wanted"}
 }
 
 // planStandbys keeps two standbys, if there is anybody.
@@ -369,13 +374,14 @@ func (v *roleView) planStandbys() roleChange {
 	standbys := v.which(standby, v.staying)
 	if len(standbys) > maxStandbys {
 		worst := slices.MaxFunc(standbys, v.preference)
-		return roleChange{removeServer, worst.id, "too many standbys"}
+		return roleChange{kind: removeServer, id: worst.id, why: "too many standbys"}
 	}
 	if len(standbys) == maxStandbys {
 		return roleChange{}
 	}
 	if idle := v.idle(); len(idle) > 0 {
-		return roleChange{addStandby, slices.MinFunc(idle, v.preference).id, "a standby is wanted"}
+		best := slices.MinFunc(idle, v.preference).id
+		return roleChange{kind: addStandby, id: best, why: "a standby is wanted", newcomer: best}
 	}
 	return roleChange{}
 }
@@ -397,7 +403,7 @@ func (v *roleView) planSpread() roleChange {
 	standbys := v.which(standby, v.staying)
 	for _, n := range v.candidates(v.timing.stable) {
 		if v.improves(voters, n) {
-			return roleChange{promote, n.id, "voters of another zone or machine are wanted"}
+			return roleChange{kind: promote, id: n.id, why: "voters of another zone or machine are wanted"}
 		}
 	}
 	if len(standbys) < maxStandbys || slices.ContainsFunc(standbys, func(n roleNode) bool { return v.improves(voters, n) }) {
@@ -406,7 +412,7 @@ func (v *roleView) planSpread() roleChange {
 	for _, n := range v.idle() {
 		if v.age(n.since) >= v.timing.stable && v.improves(voters, n) {
 			worst := slices.MaxFunc(standbys, v.preference)
-			return roleChange{removeServer, worst.id, "a standby of another zone or machine is wanted"}
+			return roleChange{kind: removeServer, id: worst.id, why: "a standby of another zone or machine is wanted", newcomer: n.id}
 		}
 	}
 	return roleChange{}

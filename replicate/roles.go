@@ -31,8 +31,10 @@ type rolesConfig struct {
 	members       func() []gossipMember
 	changed       func() <-chan struct{} // closed when members has changed; taken before members
 	progress      func() map[string]peerProgress
-	log           *slog.Logger
-	timing        roleTiming
+	// answers asks a node over the peer port, where both sides prove what they are, whether it is of this cluster.
+	answers func(ctx context.Context, node string) error
+	log     *slog.Logger
+	timing  roleTiming
 }
 
 // How often autopilot looks at the servers' health, and asks the promoter.
@@ -41,6 +43,7 @@ const (
 	promoteInterval = 200 * time.Millisecond
 	rolesTick       = time.Second
 	enqueueTimeout  = 2 * time.Second // for a change that waits for the one before
+	vetTimeout      = time.Second     // for a node to answer before it gets a role
 )
 
 // roles keeps the voters and standbys of a cluster while this node leads it.
@@ -98,6 +101,9 @@ func (r *roles) reconcileRoles(ctx context.Context) {
 			if c.kind != addStandby && c.kind != removeServer {
 				break
 			}
+			if c.newcomer != "" && !r.vetted(ctx, c.newcomer) {
+				continue // without it
+			}
 			if err := r.carryOut(c.kind, c.id); err != nil {
 				break // the next tick tries again
 			}
@@ -110,6 +116,21 @@ func (r *roles) reconcileRoles(ctx context.Context) {
 			return
 		}
 	}
+}
+
+// vetted says whether a node that gossip names answers. Whoever can speak in gossip can name anybody; and a standby that
+// cannot be reached has no copy, but another's place.
+func (r *roles) vetted(ctx context.Context, id string) bool {
+	asking, cancel := context.WithTimeout(ctx, vetTimeout)
+	defer cancel()
+	err := r.answers(asking, id)
+	if err != nil && ctx.Err() == nil {
+		r.log.Debug("a sidecar that gossip names does not answer, and gets no role", "node", id, "err", err)
+		r.mu.Lock()
+		r.barred[id] = time.Now().Add(r.timing.unanswered)
+		r.mu.Unlock()
+	}
+	return err == nil
 }
 
 // planned is the plan as things are.

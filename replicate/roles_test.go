@@ -32,6 +32,7 @@ type rankNode struct {
 	store     *raft.InmemStore
 	member    gossipMember
 	up        bool
+	mute      bool // it does not answer on its peer port
 	cancel    context.CancelFunc
 
 	mu            sync.Mutex
@@ -105,7 +106,7 @@ func (k *ranks) lead(ctx context.Context, n *rankNode) {
 			defer k.mu.Unlock()
 			return k.changed
 		},
-		progress: k.progress, log: slog.New(slog.DiscardHandler), timing: defaultRoleTiming,
+		progress: k.progress, answers: k.answers, log: slog.New(slog.DiscardHandler), timing: defaultRoleTiming,
 	})
 	var leading sync.WaitGroup
 	stop := func() {}
@@ -152,6 +153,25 @@ func (k *ranks) progress() map[string]peerProgress {
 		}
 	}
 	return all
+}
+
+// answers: whoever is up does, at once, unless it is mute.
+func (k *ranks) answers(ctx context.Context, id string) error {
+	k.mu.Lock()
+	n := k.nodes[id]
+	answers := n.up && !n.mute
+	k.mu.Unlock()
+	if !answers {
+		<-ctx.Done()
+	}
+	return ctx.Err()
+}
+
+// mute lets a node answer no longer, or again.
+func (k *ranks) mute(id string, mute bool) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.nodes[id].mute = mute
 }
 
 func (k *ranks) gossip(id string, state gossipState) {
@@ -320,6 +340,44 @@ func TestCleanExitsShrinkTheClusterToOne(t *testing.T) {
 	})
 }
 
+// Gossip names it, and it may be anybody: whoever does not answer on the peer port takes nobody's place.
+func TestWhoDoesNotAnswerGetsNoRoleUntilItDoes(t *testing.T) {
+	inRanks(t, func(k *ranks) {
+		k.start("a")
+		k.leader()
+		k.start("b")
+		k.mute("b", true)
+		time.Sleep(time.Minute)
+		k.start("c")
+		k.await(5*time.Second, "a | c")
+		k.mute("b", false)
+		k.await(10*time.Second, "a b c |")
+	})
+}
+
+// A zone of its own would make it the best of all.
+func TestWhoDoesNotAnswerPushesNobodyOut(t *testing.T) {
+	inRanks(t, func(k *ranks) {
+		for _, id := range []string{"a", "b", "c", "d", "e"} {
+			k.start(id)
+		}
+		k.await(20*time.Second, "a b c | d e")
+		index, _ := k.nodes[k.leader()].configured()
+		k.start("f")
+		k.mu.Lock()
+		k.nodes["f"].mute = true
+		k.nodes["f"].member.Tags = map[string]string{tagZone: "elsewhere"}
+		k.tell()
+		k.mu.Unlock()
+		time.Sleep(time.Minute)
+		if now, c := k.nodes[k.leader()].configured(); now != index {
+			t.Errorf("the configuration has changed: %v", c)
+		}
+		k.mute("f", false)
+		k.await(time.Minute, "a b f | c d") // who comes last by name makes room
+	})
+}
+
 // other gives who is up and does not lead.
 func (k *ranks) other() string {
 	var others []string
@@ -343,7 +401,7 @@ func TestLeadershipIsOfferedThreeTimesAtMost(t *testing.T) {
 		refusing := &refusingRaft{Raft: leader.raft}
 		r := newRoles(rolesConfig{
 			node: leader.id, maxVoters: 3, raft: refusing, configuration: leader.configured, members: k.members,
-			changed: func() <-chan struct{} { return make(chan struct{}) }, progress: k.progress,
+			changed: func() <-chan struct{} { return make(chan struct{}) }, progress: k.progress, answers: k.answers,
 			log: slog.New(slog.DiscardHandler), timing: defaultRoleTiming,
 		})
 		leader.cancel() // its own keeping of the roles ends
