@@ -24,6 +24,7 @@ const (
 	probeTimeout       = time.Second     // for the same, to learn whether anybody is there
 	maxPeerConnections = 4096            // incoming ones; more are closed
 	maxGreetings       = 256             // of them before the end of the hello; more wait to be accepted
+	greetingPatience   = time.Second / 2 // while they wait, who has taken longer for its hello is given up
 	unackedTimeout     = 30 * time.Second
 	complaintInterval  = 10 * time.Second
 	maxComplaints      = 256
@@ -52,7 +53,7 @@ type peerPort struct {
 	config   peerConfig
 	guard    guard
 	listener net.Listener
-	greeting chan struct{} // a slot for each connection that has not been welcomed yet
+	greeting chan struct{} // a slot for each connection that has not been welcomed yet, and for the next one
 	ctx      context.Context
 	cancel   context.CancelFunc
 	running  sync.WaitGroup // accept and the greetings
@@ -60,6 +61,7 @@ type peerPort struct {
 	mu       sync.Mutex
 	handlers map[peerKind]func(net.Conn, peerIdentity)
 	live     map[*incomingConn]struct{}
+	unheard  []*incomingConn // those that hold a slot, the oldest first
 	closed   bool
 
 	complaints struct {
@@ -147,12 +149,7 @@ func (p *peerPort) close() error {
 
 // accept takes connections until the listener is closed.
 func (p *peerPort) accept() {
-	for {
-		select {
-		case p.greeting <- struct{}{}:
-		case <-p.ctx.Done():
-			return
-		}
+	for p.slot() {
 		conn, err := p.listener.Accept()
 		if err != nil {
 			<-p.greeting
@@ -180,7 +177,52 @@ func (p *peerPort) accept() {
 	}
 }
 
-// track counts a connection among the live ones until it is closed.
+// slot waits until one more connection may be greeted; false: the port is closed. Strangers who say nothing keep nobody
+// out for long: a peer says hello within milliseconds.
+func (p *peerPort) slot() bool {
+	for p.ctx.Err() == nil {
+		select {
+		case p.greeting <- struct{}{}:
+			return true
+		default:
+		}
+		p.mu.Lock()
+		if len(p.unheard) == 0 { // all of them just now
+			p.mu.Unlock()
+			continue
+		}
+		oldest := p.unheard[0]
+		p.mu.Unlock()
+		timer := time.NewTimer(greetingPatience - time.Since(oldest.since))
+		select {
+		case p.greeting <- struct{}{}:
+			timer.Stop()
+			return true
+		case <-timer.C:
+			if p.heard(oldest) {
+				_ = oldest.raw.Close()
+			}
+		case <-p.ctx.Done():
+			timer.Stop()
+		}
+	}
+	return false
+}
+
+// heard gives the slot of a connection back; false: it was given back before.
+func (p *peerPort) heard(conn *incomingConn) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	i := slices.Index(p.unheard, conn)
+	if i < 0 {
+		return false
+	}
+	p.unheard = slices.Delete(p.unheard, i, i+1)
+	<-p.greeting // at once: it is in there
+	return true
+}
+
+// track counts a connection among the live ones until it is closed, and among the unheard.
 func (p *peerPort) track(conn net.Conn) (*incomingConn, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -190,8 +232,9 @@ func (p *peerPort) track(conn net.Conn) (*incomingConn, error) {
 	if len(p.live) >= maxPeerConnections {
 		return nil, strange(tracing.StrangerConnections, "there are %d connections of peers already: is something opening them over and over?", maxPeerConnections)
 	}
-	tracked := &incomingConn{Conn: conn, port: p, raw: conn, gone: make(chan struct{})}
+	tracked := &incomingConn{Conn: conn, port: p, raw: conn, since: time.Now(), gone: make(chan struct{})}
 	p.live[tracked] = struct{}{}
+	p.unheard = append(p.unheard, tracked)
 	p.config.metrics.Add(tracing.PeerConnections, 1)
 	return tracked, nil
 }
@@ -201,6 +244,7 @@ type incomingConn struct {
 	net.Conn // with TLS round it, once that is done
 	port     *peerPort
 	raw      net.Conn
+	since    time.Time
 	closing  sync.Once
 	gone     chan struct{} // closed with it
 	err      error
@@ -222,7 +266,9 @@ func (c *incomingConn) Close() error {
 // greet hears the hello of a connection and hands it over.
 func (p *peerPort) greet(conn *incomingConn) {
 	from, handler, err := p.welcome(conn)
-	<-p.greeting
+	if !p.heard(conn) {
+		err = strange(tracing.StrangerSilent, "it said no complete hello within %v, and others waited: is something opening connections over and over?", greetingPatience)
+	}
 	if err != nil || handler == nil {
 		_ = conn.Close()
 	}

@@ -502,6 +502,56 @@ func TestSilenceIsBounded(t *testing.T) {
 	})
 }
 
+func TestStrangersWhoSayNothingKeepNobodyOut(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		network, d := &pipes{}, &directory{}
+		a, b := openTestPeer(t, d, network.on("127.0.0.1:7947")), openTestPeer(t, d, network.on("127.0.0.1:7948"))
+		for range maxGreetings {
+			conn, err := network.dial(t.Context(), "tcp", "127.0.0.1:7948")
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer conn.Close()
+		}
+		began := time.Now()
+		for range 3 { // the first waits, and then none: the others have been silent for as long
+			conn, _, err := a.dial(t.Context(), b.id.node, peerForward)
+			if err != nil || time.Since(began) > greetingPatience {
+				t.Fatalf("after %v: %v", time.Since(began), err)
+			}
+			defer conn.Close()
+			exchange(t, conn, b.take().conn)
+		}
+		synctest.Wait()
+		// Two for each at most: a second while its hello is being read.
+		if n := b.metrics.Strangers(tracing.StrangerSilent); n == 0 || n > 7 || !strings.Contains(b.log.String(), "others waited") {
+			t.Errorf("%d were given up:\n%s", n, b.log)
+		}
+	})
+}
+
+// A burst of peers is served in its order.
+func TestWhoSaysHelloInTimeIsNotGivenUp(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		network, d := &pipes{}, &directory{}
+		a, b := openTestPeer(t, d, network.on("127.0.0.1:7947")), openTestPeer(t, d, network.on("127.0.0.1:7948"))
+		var burst sync.WaitGroup
+		for range 3 * maxGreetings {
+			burst.Go(func() {
+				if conn, _, err := a.dial(t.Context(), b.id.node, peerProbe); err != nil {
+					t.Error(err)
+				} else {
+					_ = conn.Close()
+				}
+			})
+		}
+		burst.Wait()
+		if n := b.metrics.Strangers(tracing.StrangerSilent); n > 0 {
+			t.Errorf("%d were given up", n)
+		}
+	})
+}
+
 // Whoever dials must not be held up by a port that is closing, nor leave anything behind.
 func TestClosingEndsWhatIsOnItsWay(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
