@@ -3,6 +3,7 @@ package replicate
 import (
 	"context"
 	"net"
+	"time"
 
 	"github.com/hashicorp/raft"
 )
@@ -39,7 +40,7 @@ type ClusterConfig struct {
 	seams seams
 }
 
-// seams are where tests put faults, and a hurry; in a sidecar that serves anybody all of them are nil.
+// seams are where tests put faults, and a hurry; in a sidecar that serves anybody there are none.
 type seams struct {
 	dial   func(ctx context.Context, network, addr string) (net.Conn, error) // to peer ports
 	faults faults                                                            // of raft's requests
@@ -47,6 +48,7 @@ type seams struct {
 	gossip *gossipTiming
 	birth  *birthTiming
 	roles  *roleTiming
+	close  time.Duration // in closeTimeout's place
 }
 
 // Security of gossip and of the peer port. Without any of it peers are accepted on loopback addresses only, unless

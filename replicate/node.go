@@ -13,6 +13,12 @@ import (
 	"github.com/offset-sidecar/offset-sidecar/tracing"
 )
 
+// closeTimeout bounds Close: raft cannot be stopped while it writes, and a dead disk may keep it for ever.
+const closeTimeout = 15 * time.Second
+
+// ErrCloseHangs is what Close gives up with. What goes on then must end with the process, as after a kill.
+var ErrCloseHangs = errors.New("given up, since the disk probably hangs; nothing acknowledged is lost, it was on disk before")
+
 // Config of a Node. Zero is not a default: DefaultConfig is.
 type Config struct {
 	// Dir is the data directory; "" keeps everything in memory.
@@ -198,34 +204,50 @@ func (n *Node) Err() error {
 	}
 }
 
-// Close flushes and stops. Events that nobody has taken are lost; what they told is replayed at the next Open.
+// Close flushes and stops, or gives up with ErrCloseHangs. Events that nobody has taken are lost; what they told is
+// replayed at the next Open.
 func (n *Node) Close() error {
 	err := n.end(nil)
 	<-n.ended
 	return err
 }
 
-// end stops everything, bottom last.
+// end stops everything, or what can be stopped in time.
 func (n *Node) end(cause error) (err error) {
 	n.ending.Do(func() {
 		close(n.stop)
-		n.store.Release()
-		if n.membership != nil {
-			n.membership.retire()
+		timeout := closeTimeout
+		if c := n.config.Cluster; c != nil && c.seams.close > 0 {
+			timeout = c.seams.close
 		}
-		if r := n.running.Load(); r != nil {
-			err = r.shut()
+		closed := make(chan error, 1)
+		go func() { closed <- n.dismantle() }()
+		select {
+		case err = <-closed:
+		case <-time.After(timeout):
+			err = ErrCloseHangs
 		}
-		if n.membership != nil {
-			err = errors.Join(err, n.membership.close())
-		}
-		err = errors.Join(err, n.store.Close())
 		n.err = cause
 		if cause != nil {
 			n.log.Error("replication has ended", "err", cause)
 		}
 		close(n.ended)
-		close(n.events) // after ended: whoever sees this close may ask Err
+		close(n.events) // after ended: whoever sees this close may ask Err; nobody sends after stop
 	})
 	return err
+}
+
+// dismantle stops everything, bottom last.
+func (n *Node) dismantle() (err error) {
+	n.store.Release()
+	if n.membership != nil {
+		n.membership.retire()
+	}
+	if r := n.running.Load(); r != nil {
+		err = r.shut()
+	}
+	if n.membership != nil {
+		err = errors.Join(err, n.membership.close())
+	}
+	return errors.Join(err, n.store.Close())
 }

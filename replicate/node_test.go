@@ -1,6 +1,7 @@
 package replicate
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -8,6 +9,8 @@ import (
 	"slices"
 	"testing"
 	"time"
+
+	"github.com/hashicorp/raft"
 )
 
 // harness drives a Node as the coordinator's loop would: one goroutine that takes events and offers entries.
@@ -330,5 +333,41 @@ func TestCloseWhileEntriesAreInFlight(t *testing.T) {
 		}
 		h.close()
 		<-done
+	}
+}
+
+// A disk that is dead, and comes to life again so that what is on it can be looked at.
+func TestADiskThatHangsDoesNotKeepANodeFromClosing(t *testing.T) {
+	t.Parallel()
+	disk := new(chaosDisk)
+	f := newFleet(t, 1, func(_ int, c *Config) {
+		c.Cluster.seams.close = 300 * time.Millisecond
+		c.Cluster.seams.log = func(inner raft.LogStore) raft.LogStore { return chaosLog{inner, disk} }
+	})
+	f.put("key", "value")
+	s := f.active()
+	disk.set(0, true)
+	outcome := make(chan error, 1)
+	go func() { outcome <- s.append(context.Background(), "another", "value") }()
+	f.await("write that hangs", func() bool { return s.n.running.Load().transport.log.since.Load() != 0 })
+	if err := s.n.Close(); !errors.Is(err, ErrCloseHangs) {
+		t.Fatalf("closed with %v", err)
+	}
+	if err := <-outcome; !errors.Is(err, errUnknown) {
+		t.Fatalf("what was not written has the outcome %v", err)
+	}
+	disk.set(0, false)
+	c := testConfig(s.dir)
+	f.await("directory that is free again", func() bool {
+		n, err := Open(c)
+		if err != nil {
+			return false
+		}
+		return n.Close() == nil
+	})
+	f.all = nil
+	f.add(s.dir, nil)
+	if got := f.active().value("key"); got != "value" {
+		t.Fatalf("key is %q", got)
 	}
 }

@@ -82,7 +82,9 @@ func (p *program) drain(s *Sidecar, sig os.Signal) error {
 	if err := s.Drain(ctx); err != nil {
 		s.logger.Warn("clients are still connected after --max-drain and are cut off", "max_drain", s.config.MaxDrain, "err", err)
 	}
-	s.Close()
+	if err := s.Close(); err != nil {
+		return err
+	}
 	s.logger.Info("stopped")
 	return nil
 }

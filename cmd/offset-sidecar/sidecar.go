@@ -54,6 +54,7 @@ type Sidecar struct {
 	opened   time.Time
 	draining atomic.Bool
 	closers  []func() // what to undo, in opening order
+	unclosed error    // why the store could not be closed
 
 	mu              sync.Mutex
 	coordinatorDone error // why the coordinator's loop ended, if it did by itself
@@ -64,8 +65,7 @@ func Open(config *Config, logger *slog.Logger) (*Sidecar, error) {
 	s := &Sidecar{config: config, logger: logger, metrics: new(tracing.Metrics), opened: time.Now(), serving: make(chan struct{}), closing: make(chan struct{})}
 	for _, open := range []func() error{s.openTelemetry, s.openUpstream, s.openStore, s.openCoordinator, s.openProxy, s.openAdmin} {
 		if err := open(); err != nil {
-			s.closeAll()
-			return nil, err
+			return nil, errors.Join(err, s.closeAll())
 		}
 	}
 	return s, nil
@@ -74,12 +74,13 @@ func Open(config *Config, logger *slog.Logger) (*Sidecar, error) {
 // onClose notes how to end what was just begun.
 func (s *Sidecar) onClose(f func()) { s.closers = append(s.closers, f) }
 
-func (s *Sidecar) closeAll() {
+func (s *Sidecar) closeAll() error {
 	s.close.Do(func() { close(s.closing) })
 	for i := len(s.closers) - 1; i >= 0; i-- {
 		s.closers[i]()
 	}
 	s.closers = nil
+	return s.unclosed
 }
 
 func (s *Sidecar) openTelemetry() (err error) {
@@ -136,7 +137,7 @@ func (s *Sidecar) openStore() error {
 	}
 	s.onClose(func() {
 		if err := s.node.Close(); err != nil {
-			s.logger.Error("closing the store", "err", err)
+			s.unclosed = fmt.Errorf("closing the store: %w", err)
 		}
 	})
 	s.peered = cluster != nil
@@ -303,10 +304,10 @@ func (s *Sidecar) Drain(ctx context.Context) error {
 	return s.proxy.Shutdown(ctx)
 }
 
-// Close ends the sidecar, whoever is connected. What was acknowledged is on disk before and after.
-func (s *Sidecar) Close() {
+// Close ends the sidecar, whoever is connected. What was acknowledged is on disk before and after, whatever the error.
+func (s *Sidecar) Close() error {
 	s.draining.Store(true)
-	s.closeAll()
+	return s.closeAll()
 }
 
 // Addr is where clients connect.
