@@ -20,7 +20,7 @@ import (
 	"github.com/dgraph-io/badger/v4/fb"
 )
 
-// Badger's files, as version 4.9.6 writes them (memtable.go, manifest.go, discard.go, key_registry.go, table/table.go).
+// Badger's files, as version 4.9.6 writes them (memtable.go, discard.go, key_registry.go, table/table.go).
 const (
 	tableSuffix     = ".sst"
 	manifestName    = badger.ManifestFilename
@@ -31,8 +31,6 @@ const (
 	discardBytes    = 1 << 20
 	registrySanity  = "Hello Badger"
 	registryIVBytes = 16
-	manifestMagic   = 8 // bytes of the MANIFEST before its first record
-	manifestHead    = 8 // bytes of a record before its content: length, CRC32C
 
 	metaTxn    = 1 << 6 // the entry is part of a transaction
 	metaFinTxn = 1 << 7 // it ends one
@@ -48,13 +46,14 @@ type database struct {
 	log  *slog.Logger
 	mark *watermark
 
-	tables     map[uint64]badger.TableManifest
-	maxVersion uint64 // of all tables, as far as they still have it
+	manifest    manifest
+	maxVersion  uint64 // of all tables, as far as they still have it
+	firstLogged uint64 // the first transaction of all write-ahead logs; 0: there is none
 }
 
 // check gives a DamagedError without Dir, or an error of the disk; nil also if there is no database yet. It mends what
 // holds nothing of ours.
-func (d *database) check(opt badger.Options) error {
+func (d *database) check() error {
 	names, err := os.ReadDir(d.dir)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
@@ -62,15 +61,13 @@ func (d *database) check(opt badger.Options) error {
 	if err != nil {
 		return err
 	}
-	var logs []string
-	holds := false
+	var logs, tables []string
 	for _, e := range names {
 		switch filepath.Ext(e.Name()) {
 		case walSuffix:
 			logs = append(logs, e.Name())
-			holds = true
 		case tableSuffix:
-			holds = true
+			tables = append(tables, e.Name())
 		case valueLogSuffix:
 			err = errors.Join(err, d.mend(e.Name(), valueLogIsSound))
 		}
@@ -79,15 +76,24 @@ func (d *database) check(opt badger.Options) error {
 	if err != nil {
 		return err
 	}
-	if err := d.checkManifest(opt, holds); err != nil {
+	if err := d.checkManifest(len(logs)+len(tables) > 0); err != nil {
 		return err
 	}
-	for id := range d.tables {
+	for id, named := range d.manifest.tables {
+		if !named {
+			continue
+		}
 		if err := d.checkTable(id); err != nil {
 			return err
 		}
 	}
-	return d.checkLogs(logs)
+	if err := d.checkLogs(logs); err != nil {
+		return err
+	}
+	if err := d.checkUnnamed(tables); err != nil {
+		return err
+	}
+	return d.mendManifest()
 }
 
 // damage names a file of the database.
@@ -138,66 +144,11 @@ func allZero(b []byte) bool {
 	return len(bytes.Trim(b, "\x00")) == 0
 }
 
-// checkManifest reads which tables there are. Its records have checksums, but one that goes beyond the end is taken
-// for the last, half-written one, and what it named is deleted.
-func (d *database) checkManifest(opt badger.Options, holds bool) error {
-	f, err := os.Open(filepath.Join(d.dir, manifestName))
-	if errors.Is(err, fs.ErrNotExist) {
-		if holds {
-			return damage(manifestName, "is gone, which says what the others are")
-		}
-		return nil
-	}
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	manifest, end, err := badger.ReplayManifestFile(f, 0, opt)
-	if err != nil {
-		return &DamagedError{Reason: "file " + filepath.Join(databaseName, manifestName) + " cannot be made out", Err: err}
-	}
-	all, err := os.ReadFile(f.Name())
-	if err != nil {
-		return err
-	}
-	if wrongLength(all[end:]) {
-		return damage(manifestName, "has a record of a wrong length at byte %d", end)
-	}
-	if noted := d.mark.manifest; noted.bytes > end && noted.head == headOf(all) {
-		return damage(manifestName, "ends at byte %d, but has had %d", end, noted.bytes)
-	}
-	d.tables = manifest.Tables
-	return nil
-}
-
-// wrongLength tells a record whose length was changed from one that was cut short: in the first, as many bytes as it
-// really has do fit its checksum.
-func wrongLength(record []byte) bool {
-	if len(record) < manifestHead {
-		return false
-	}
-	want := binary.BigEndian.Uint32(record[4:])
-	sum := uint32(0)
-	for i, b := range record[manifestHead:] {
-		if sum == want && i > 0 {
-			return true
-		}
-		sum = crc32.Update(sum, castagnoli, []byte{b})
-	}
-	return sum == want && len(record) > manifestHead
-}
-
-// headOf identifies a MANIFEST: badger rewrites it now and then, from another first record.
-func headOf(manifest []byte) (head uint64) {
-	if len(manifest) >= manifestMagic+manifestHead {
-		head = binary.BigEndian.Uint64(manifest[manifestMagic:])
-	}
-	return head
-}
+func tableName(id uint64) string { return fmt.Sprintf("%06d%s", id, tableSuffix) }
 
 // checkTable verifies every byte that badger will use of a table.
 func (d *database) checkTable(id uint64) error {
-	name := fmt.Sprintf("%06d%s", id, tableSuffix)
+	name := tableName(id)
 	b, err := os.ReadFile(filepath.Join(d.dir, name))
 	if errors.Is(err, fs.ErrNotExist) {
 		return damage(name, "is gone")
@@ -300,6 +251,9 @@ func (d *database) checkLogs(names []string) error {
 			return damage(name, "has a damaged header")
 		}
 		w := scanWal(b)
+		if w.first > 0 && (d.firstLogged == 0 || w.first < d.firstLogged) {
+			d.firstLogged = w.first
+		}
 		switch {
 		case w.last == 0 && w.clean:
 			continue // not used yet
@@ -414,12 +368,12 @@ func openBadger(opt badger.Options) (db *badger.DB, err error) {
 }
 
 // checkDatabase looks for damage before badger changes anything.
-func (s *Store) checkDatabase(opt badger.Options) error {
+func (s *Store) checkDatabase() error {
 	if s.files == nil {
 		return nil
 	}
 	d := database{dir: s.files.database(), log: s.log, mark: s.files.mark}
-	err := d.check(opt)
+	err := d.check()
 	var damaged *DamagedError
 	if errors.As(err, &damaged) {
 		damaged.Dir = s.opt.Dir

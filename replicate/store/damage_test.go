@@ -196,59 +196,92 @@ var damages = map[string]func(b []byte, used int, rnd *rand.Rand) []byte{
 	},
 }
 
-// seedOf is the same each time, so that a change that breaks something is what breaks the test; STORE_SEED tries others.
-func seedOf(t *testing.T) uint64 {
+// seedsOf are the same each time, so that a change that breaks something is what breaks the test; STORE_SEED tries
+// another.
+func seedsOf(t *testing.T) []uint64 {
 	t.Helper()
-	seed := uint64(1)
-	if v := os.Getenv("STORE_SEED"); v != "" {
-		var err error
-		if seed, err = strconv.ParseUint(v, 10, 64); err != nil {
-			t.Fatal(err)
-		}
+	v := os.Getenv("STORE_SEED")
+	if v == "" {
+		return []uint64{1, 7, 23}
 	}
-	return seed
+	seed, err := strconv.ParseUint(v, 10, 64)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return []uint64{seed}
 }
 
 func TestDamagedFilesLoseNothingSilently(t *testing.T) {
-	seed := seedOf(t)
-	t.Logf("seed %d", seed)
-	rnd := rand.New(rand.NewPCG(seed, 0))
 	dir := t.TempDir()
 	r := openTest(t, dir)
 	want := wear(t, r)
-	images := map[string]string{"killed": t.TempDir(), "closed": t.TempDir()}
+	images := map[string]string{"killed": t.TempDir(), "killed early": t.TempDir(), "closed": t.TempDir(), "closed early": t.TempDir()}
 	copySparse(t, dir, images["killed"])
+	copySparse(t, dir, images["killed early"])
 	r.close()
 	copySparse(t, dir, images["closed"])
+	copySparse(t, dir, images["closed early"])
+	// The watermark names a change of the MANIFEST a second or two after it.
+	forgetManifest(t, images["killed early"])
+	forgetManifest(t, images["closed early"])
+	for _, seed := range seedsOf(t) {
+		rnd := rand.New(rand.NewPCG(seed, 0))
+		for _, moment := range slices.Sorted(maps.Keys(images)) {
+			files := filesOf(t, images[moment])
+			if strings.HasSuffix(moment, "early") {
+				files = []string{manifestPath}
+			}
+			t.Run(fmt.Sprintf("seed %d, %s", seed, moment), func(t *testing.T) {
+				damageEach(t, images[moment], files, want, rnd)
+			})
+		}
+	}
+}
+
+// damageEach does each damage to each of the files.
+func damageEach(t *testing.T, image string, files []string, want *worn, rnd *rand.Rand) {
+	if err := damageOnce(t, image, want, "", nil, rnd); err != nil {
+		t.Fatalf("undamaged: %v", err)
+	}
 	rounds := 1
 	if os.Getenv("STORE_DAMAGES") != "" {
 		rounds = 60
 	}
-	for _, moment := range slices.Sorted(maps.Keys(images)) {
-		image := images[moment]
-		if err := damageOnce(t, image, want, "", nil, rnd); err != nil {
-			t.Fatalf("%s, undamaged: %v", moment, err)
-		}
-		opened, refused := 0, 0
-		for _, name := range filesOf(t, image) {
-			for _, kind := range slices.Sorted(maps.Keys(damages)) {
-				for range rounds {
-					err := damageOnce(t, image, want, name, damages[kind], rnd)
-					switch {
-					case err == nil:
-						opened++
-					case errors.Is(err, errRefused):
-						refused++
-						if slices.Contains(mended, filepath.Base(name)) || strings.HasSuffix(name, valueLogSuffix) {
-							t.Errorf("%s, %s %s: refused, though it holds nothing: %v", moment, name, kind, err)
-						}
-					default:
-						t.Errorf("%s, %s %s: %v", moment, name, kind, err)
+	opened, refused := 0, 0
+	for _, name := range files {
+		for _, kind := range slices.Sorted(maps.Keys(damages)) {
+			for range rounds {
+				err := damageOnce(t, image, want, name, damages[kind], rnd)
+				switch {
+				case err == nil:
+					opened++
+				case errors.Is(err, errRefused):
+					refused++
+					if slices.Contains(mended, filepath.Base(name)) || strings.HasSuffix(name, valueLogSuffix) {
+						t.Errorf("%s %s: refused, though it holds nothing: %v", name, kind, err)
 					}
+				default:
+					t.Errorf("%s %s: %v", name, kind, err)
 				}
 			}
 		}
-		t.Logf("%s: %d opened with everything, %d refused", moment, opened, refused)
+	}
+	t.Logf("%d opened with everything, %d refused", opened, refused)
+}
+
+var manifestPath = filepath.Join(databaseName, manifestName)
+
+// forgetManifest takes the watermark back to before it named the MANIFEST.
+func forgetManifest(t *testing.T, dir string) {
+	t.Helper()
+	w, err := openWatermark(filepath.Join(dir, watermarkName))
+	if err != nil {
+		t.Fatal(err)
+	}
+	m := w.marks
+	m.manifest = manifestMark{}
+	if err := errors.Join(w.write(m, false), w.close()); err != nil {
+		t.Fatal(err)
 	}
 }
 
@@ -316,6 +349,76 @@ func damageOnce(t *testing.T, image string, want *worn, name string, hurt func([
 		return errors.New("not a new, empty node")
 	}
 	return fmt.Errorf("%w: %w", errRefused, err)
+}
+
+// What badger writes when it flushes or compacts, with a crash while the last record of the MANIFEST was on its way: it
+// opens with everything, as long as what the new tables replace is still there. When that is gone, the record was on disk.
+func TestATornManifestIsNoDamageUnlessSomethingIsGone(t *testing.T) {
+	dir := t.TempDir()
+	r := openTest(t, dir)
+	want := wear(t, r)
+	before, flushed, many, compacted := t.TempDir(), t.TempDir(), t.TempDir(), t.TempDir()
+	copySparse(t, dir, before)
+	r.close() // a flush
+	copySparse(t, dir, flushed)
+	for n := tablesOf(t, dir); n < levelZeroTables; n = tablesOf(t, dir) {
+		r.open()
+		if err := r.Local().Put("table", []byte{byte(n)}); err != nil {
+			t.Fatal(err)
+		}
+		r.close()
+	}
+	copySparse(t, dir, many)
+	r.open()
+	waitUntil(t, "a compaction", func() bool {
+		b, err := os.ReadFile(filepath.Join(dir, manifestPath))
+		m, merr := readManifest(b)
+		named := 0
+		for _, there := range m.tables {
+			if there {
+				named++
+			}
+		}
+		return errors.Join(err, merr) == nil && named < levelZeroTables && named == tablesOf(t, dir)
+	})
+	copySparse(t, dir, compacted)
+	for _, step := range []struct{ what, from, to string }{{"flush", before, flushed}, {"compaction", many, compacted}} {
+		old, err := os.ReadFile(filepath.Join(step.from, manifestPath))
+		if err != nil {
+			t.Fatal(err)
+		}
+		whole, err := os.ReadFile(filepath.Join(step.to, manifestPath))
+		if err != nil || len(whole) <= len(old) || !bytes.HasPrefix(whole, old) {
+			t.Fatalf("%s: %d bytes after %d: %v", step.what, len(whole), len(old), err)
+		}
+		forgetManifest(t, step.from)
+		forgetManifest(t, step.to)
+		crashed := t.TempDir() // both sets of files are there
+		copySparse(t, step.to, crashed)
+		copySparse(t, step.from, crashed)
+		for _, at := range []int{len(old), len(old) + 3, len(old) + manifestHead, len(old) + manifestHead + 1, len(whole) - 1, len(whole)} {
+			torn := append(bytes.Clone(whole[:at]), make([]byte, len(whole)-at)...)
+			for name, manifest := range map[string][]byte{"cut": whole[:at], "zeroes": torn} {
+				put := func([]byte, int, *rand.Rand) []byte { return manifest }
+				if err := damageOnce(t, crashed, want, manifestPath, put, nil); err != nil {
+					t.Fatalf("%s, %s at %d of %d: %v", step.what, name, at, len(whole), err)
+				}
+				err := damageOnce(t, step.to, want, manifestPath, put, nil)
+				if lost := !bytes.Equal(manifest, whole); lost != errors.Is(err, errRefused) {
+					t.Fatalf("%s, what it replaced is gone, %s at %d of %d: %v", step.what, name, at, len(whole), err)
+				}
+			}
+		}
+	}
+}
+
+func tablesOf(t *testing.T, dir string) int {
+	t.Helper()
+	names, err := filepath.Glob(filepath.Join(dir, databaseName, "*"+tableSuffix))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return len(names)
 }
 
 // A restore is killed at each of its points: the directory opens as it was before, or as the snapshot is.

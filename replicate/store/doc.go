@@ -34,11 +34,13 @@
 //
 // Badger drops the rest of a write-ahead log after one flipped bit and says nothing, takes a cut MANIFEST for a whole
 // one, and ends the process over some broken tables. So Open reads all of its files first (check.go), and compares them
-// with the watermark: a file of 64 bytes that names what was acknowledged last, written with each append. What a kill
-// or a power cut leaves opens with all of it. Anything less makes Open return a DamagedError, which names the file and
-// the ways out: nothing is changed, because for a lone voter starting empty would be silent loss. Options.Quarantine,
-// for a node whose peers have it all, moves the damaged parts aside within the directory and starts as a new node.
-// Damaged files that hold nothing of ours (value log, DISCARD, KEYREGISTRY) are made anew.
+// with the watermark: a file of 64 bytes that names what was acknowledged last, written with each append. The watermark
+// names a change of the MANIFEST only a second later; until then a lost end of it shows in a table that nothing makes up
+// for (manifest.go). What a kill or a power cut leaves opens with all of it. Anything less makes Open return a
+// DamagedError, which names the file and the ways out: nothing is changed, because for a lone voter starting empty would
+// be silent loss. Options.Quarantine, for a node whose peers have it all, moves the damaged parts aside within the
+// directory and starts as a new node. Damaged files that hold nothing of ours (value log, DISCARD, KEYREGISTRY) are made
+// anew.
 //
 // Badger writes through mmap, so a full disk is a SIGBUS. The guard asks the filesystem before every append and fails
 // it below MinFree; stable writes, which raft cannot bear to fail, wait instead. While badger is at work the guard

@@ -20,8 +20,9 @@ import (
 
 // Limits of the store. A transaction of badger may hold 15 % of a memtable: 1.2 MiB and some 12,000 keys.
 const (
-	memTableBytes  = 8 << 20
-	baseLevelBytes = 128 << 20
+	memTableBytes   = 8 << 20
+	baseLevelBytes  = 128 << 20
+	levelZeroTables = 5 // are compacted
 
 	// MaxKeyBytes and MaxEntryRecords are what one entry must keep to be flushed in one transaction.
 	MaxKeyBytes     = 40 << 10
@@ -158,11 +159,10 @@ func (s *Store) open() error {
 			return err
 		}
 	}
-	opt := s.badgerOptions()
-	if err := s.checkDatabase(opt); err != nil {
+	if err := s.checkDatabase(); err != nil {
 		return err
 	}
-	db, err := openBadger(opt)
+	db, err := openBadger(s.badgerOptions())
 	if err != nil {
 		return s.openError(err)
 	}
@@ -194,7 +194,7 @@ func (s *Store) badgerOptions() badger.Options {
 		WithBaseLevelSize(baseLevelBytes).
 		// Fewer tables in level 0 (2, stalled at 4) made writers wait for compaction: a third of the throughput.
 		WithNumMemtables(3).
-		WithNumLevelZeroTables(5).
+		WithNumLevelZeroTables(levelZeroTables).
 		WithNumLevelZeroTablesStall(15).
 		WithNumCompactors(2).
 		WithBlockCacheSize(0).
