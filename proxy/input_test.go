@@ -11,6 +11,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/offset-sidecar/offset-sidecar/proxy/wire"
 	"github.com/offset-sidecar/offset-sidecar/tracing"
 	"github.com/twmb/franz-go/pkg/kerr"
 	"github.com/twmb/franz-go/pkg/kmsg"
@@ -42,14 +43,18 @@ func TestMistakesEndTheirOwnConnectionWithOneLine(t *testing.T) {
 		"tags that are not there": {frame(18, 3, 1, []byte{0, 2, 'a', 2, 'b', 0xff, 0xff, 0xff, 0xff, 0x0f}), "ApiVersions"},
 		"unknown api key":         {frame(9999, 0, 1, nil), "api key 9999 (Unknown) version 0"},
 		"unknown version":         {frame(19, 99, 1, []byte{0}), "CreateTopics) version 99"},
+		"removed version":         {frame(0, 2, 1, []byte{0, 1, 0, 0, 0, 1, 0, 0, 0, 0}), "Produce) version 2"},
+		"unreadable, for any":     {frame(3, 1, 1, []byte{0, 15, 0x42, 0x40, 0, 1, 'a'}), "Metadata version 1: frame ends too early"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			b := newBroker(t, 1, func(r request) []byte {
-				if r.APIKey == 9999 || r.APIVersion == 99 {
+				if r.APIKey == 9999 || r.APIVersion == 99 || r.APIKey == 0 && r.APIVersion == 2 || r.APIKey == 3 && r.APIVersion == 1 {
 					return []byte{}
 				}
 				return echoBody(r)
 			})
+			versions := withoutOldFetch
+			b.versions.Store(&versions)
 			s := start(t, config(b.addr()))
 			beside := dial(t, s.Addr().String())
 			beside.call(heartbeat("m"))
@@ -62,12 +67,30 @@ func TestMistakesEndTheirOwnConnectionWithOneLine(t *testing.T) {
 			if n := strings.Count(s.logs.String(), m.says); n != 3 { // one each
 				t.Fatalf("%d lines say %q:\n%s", n, m.says, s.logs)
 			}
+			if strings.Contains(s.logs.String(), "does not answer") {
+				t.Fatalf("the upstream is blamed:\n%s", s.logs)
+			}
 			if id, _ := beside.receive(); id != 1 {
 				t.Fatalf("correlation id %d", id)
 			}
 			beside.call(heartbeat("m"))
 		})
 	}
+}
+
+// withoutOldFetch shows of Fetch what Kafka 4 has, and of Produce the versions 0 to 2, which that has no more.
+func withoutOldFetch(r request) []byte {
+	decoded, err := wire.DecodeResponse(18, r.APIVersion, versionsOf(r)[4:])
+	if err != nil {
+		panic(err)
+	}
+	resp := decoded.(*kmsg.ApiVersionsResponse)
+	for i := range resp.ApiKeys {
+		if resp.ApiKeys[i].ApiKey == 1 {
+			resp.ApiKeys[i].MinVersion = 4
+		}
+	}
+	return wire.AppendResponse(nil, r.CorrelationID, resp)
 }
 
 // A client that ends its side within a header has made a mistake, one that ends it within a body may have been killed,

@@ -490,6 +490,9 @@ func (c *conn) unanswered(s *slot, cause error) error {
 		l.owed++ // it is sent once the leg is up
 	case sent:
 		l.broken.Store(true)
+		if err := unreadable(s.request); err != nil { // nor may it close the other brokers' connections
+			return blame(tracing.MistakeRequest, "a request that Kafka would not read either: %v", err)
+		}
 	}
 	if s.request == nil || sent && !s.repeatable {
 		if !sent {
@@ -503,16 +506,36 @@ func (c *conn) unanswered(s *slot, cause error) error {
 	return c.askElsewhere(s, l.address(), cause)
 }
 
+// unreadable says why a broker would not read a request that is kept. It is asked once one has closed the connection.
+func unreadable(request []byte) error {
+	if request == nil {
+		return nil
+	}
+	h, err := wire.ParseRequestHeader(request[4:])
+	if err != nil {
+		return err
+	}
+	if _, err = wire.DecodeRequest(h, request[4:]); errors.Is(err, wire.ErrShort) || errors.Is(err, wire.ErrMalformed) {
+		return err
+	}
+	return nil
+}
+
 // closedOn names the client's mistake where the upstream has closed the connection on a request that it does not show in
 // ApiVersions: that is how Kafka answers a key or a version that it does not know.
 func (c *conn) closedOn(s *slot, cause error) error {
 	upstream := c.proxy.table.known(c.listener.node).upstream
-	if errors.Is(cause, errStalled) || upstream == nil || slices.ContainsFunc(upstream.ApiKeys, func(a kmsg.ApiVersionsResponseApiKey) bool {
-		return a.ApiKey == s.key && versions{a.MinVersion, a.MaxVersion}.has(s.version)
-	}) {
+	removed := s.key == keyProduce && s.version < 3 // which Kafka 4 shows for librdkafka's sake (KAFKA-18659)
+	if errors.Is(cause, errStalled) || upstream == nil || shows(upstream, s.key, s.version) && !(removed && !shows(upstream, keyFetch, 3)) {
 		return cause
 	}
 	return blame(tracing.MistakeRequest, "api key %d (%s) version %d is not known to the upstream, which has closed the connection", s.key, kmsg.NameForKey(s.key), s.version)
+}
+
+func shows(upstream *kmsg.ApiVersionsResponse, key, version int16) bool {
+	return slices.ContainsFunc(upstream.ApiKeys, func(a kmsg.ApiVersionsResponseApiKey) bool {
+		return a.ApiKey == key && versions{a.MinVersion, a.MaxVersion}.has(version)
+	})
 }
 
 // afterDelay keeps the client waiting a little before it is closed for a broker that cannot be reached.

@@ -230,14 +230,20 @@ func TestUpstreamsAnswerIsNotChanged(t *testing.T) {
 
 // KIP-511. The bytes are what Kafka 4.3 answers, but for our one version more.
 func TestUnknownApiVersionsVersionIsAnsweredInVersion0(t *testing.T) {
-	h := wire.RequestHeader{APIKey: 18, APIVersion: 99, CorrelationID: 7}
-	resp, err := apiVersions(h, []byte("not to be read"), known{upstream: kafka43()})
-	if err != nil {
-		t.Fatal(err)
-	}
-	got := hex.EncodeToString(wire.AppendResponse(nil, 7, resp))
-	if want := "00000010" + "00000007" + "0023" + "00000001" + "0012" + "0000" + "0005"; got != want {
-		t.Errorf("%s, want %s", got, want)
+	for _, version := range []string{"0063", "ffff"} { // 99, -1
+		frame, _ := hex.DecodeString("0012" + version + "00000007" + "ffff" + "00")
+		h, err := wire.ParseRequestHeader(frame)
+		if err != nil {
+			t.Fatal(err)
+		}
+		resp, err := apiVersions(h, []byte("not to be read"), known{upstream: kafka43()})
+		if err != nil {
+			t.Fatal(err)
+		}
+		got := hex.EncodeToString(wire.AppendResponse(nil, 7, resp))
+		if want := "00000010" + "00000007" + "0023" + "00000001" + "0012" + "0000" + "0005"; got != want {
+			t.Errorf("%s, want %s", got, want)
+		}
 	}
 }
 

@@ -48,7 +48,7 @@ func flexible(key, version int16) bool {
 func ParseRequestHeader(frame []byte) (RequestHeader, error) {
 	r := reader{b: frame}
 	h := RequestHeader{APIKey: r.int16(), APIVersion: r.int16(), CorrelationID: r.int32()}
-	if r.err == nil && (h.APIKey < 0 || h.APIVersion < 0) {
+	if r.err == nil && (h.APIKey < 0 || h.APIVersion < 0 && h.APIKey != int16(kmsg.ApiVersions)) {
 		return h, fmt.Errorf("%w: api key %d, version %d", ErrMalformed, h.APIKey, h.APIVersion)
 	}
 	if h.APIKey == 7 && h.APIVersion == 0 { // ControlledShutdown 0: header version 0
@@ -98,7 +98,7 @@ func DecodeRequest(h RequestHeader, frame []byte) (kmsg.Request, error) {
 	layout, ours := groupRequests[h.APIKey]
 	if !ours {
 		if len(body) > maxOther {
-			return nil, fmt.Errorf("%s version %d: %w: %d bytes, more than %d", kmsg.NameForKey(h.APIKey), h.APIVersion, ErrMalformed, len(body), maxOther)
+			return nil, fmt.Errorf("%s version %d: %d bytes, more than the %d that are decoded", kmsg.NameForKey(h.APIKey), h.APIVersion, len(body), maxOther)
 		}
 		layout = otherRequests[h.APIKey]
 	}
