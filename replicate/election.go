@@ -15,9 +15,9 @@ import (
 const electionStep = 75 * time.Millisecond
 
 // elections begins an election as soon as the leader is known to be dead, instead of when it has been silent for raft's
-// time-out: a process that is killed closes its connections, and its port refuses new ones. The means is a TimeoutNow
-// request to ourselves, so the other voters vote although they may still know the leader. A false alarm is safe, since
-// it is an election like any other, and costs a few milliseconds.
+// time-out: a process that is killed closes its connections, and its port refuses new ones, or a new process answers
+// there, and leads nobody. The means is a TimeoutNow request to ourselves, so the other voters vote although they may
+// still know the leader. A false alarm is safe, since it is an election like any other, and costs a few milliseconds.
 type elections struct {
 	id            raft.ServerID
 	leader        func() raft.ServerID // "" when none is known
@@ -27,7 +27,7 @@ type elections struct {
 	last          func() (index, term uint64) // of our log
 	campaign      func()
 	alive         func(node string) bool // as far as is known
-	refuses       func(node string) bool // dials its peer port once: it is refused or reset
+	gone          func(node string) bool // asks at its peer port: it is certain that it leads no more
 	logger        *slog.Logger
 
 	mu      sync.Mutex
@@ -39,7 +39,7 @@ type elections struct {
 }
 
 // elections begins elections of the raft that the transport is attached to. alive may be nil: everybody is.
-func (t *transport) elections(alive, refuses func(node string) bool, logger *slog.Logger) *elections {
+func (t *transport) elections(alive, gone func(node string) bool, logger *slog.Logger) *elections {
 	r := t.raft.Load()
 	if alive == nil {
 		alive = func(string) bool { return true }
@@ -52,7 +52,7 @@ func (t *transport) elections(alive, refuses func(node string) bool, logger *slo
 		configuration: t.configuration,
 		last:          func() (uint64, uint64) { return lastEntry(r) },
 		campaign:      func() { t.campaign(t.id) },
-		alive:         alive, refuses: refuses, logger: logger,
+		alive:         alive, gone: gone, logger: logger,
 		looking: map[string]bool{}, stop: t.stop, spawn: t.spawn,
 	}
 	refused := e.voteRefused
@@ -106,8 +106,8 @@ func (e *elections) led(node string) bool {
 func (e *elections) look(from string) {
 	for {
 		term := e.term()
-		if e.led(from) && e.refuses(from) {
-			e.logger.Info("the leader's process is gone", "node", from, "term", term)
+		if e.led(from) && e.gone(from) {
+			e.logger.Info("the leader is gone", "node", from, "term", term)
 			e.try(term, raft.ServerID(from), raft.ServerID(from))
 		}
 		e.mu.Lock()

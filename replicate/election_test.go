@@ -46,7 +46,7 @@ func newFakeElections(id raft.ServerID, voters ...raft.ServerID) *fakeElections 
 			})
 		},
 		alive: func(node string) bool { return !slices.Contains(f.dead, node) },
-		refuses: func(node string) (is bool) {
+		gone: func(node string) (is bool) {
 			time.Sleep(time.Millisecond)
 			locked(func() { f.dials++; is = slices.Contains(f.dead, node) })
 			return is

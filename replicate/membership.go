@@ -374,6 +374,18 @@ func (m *membership) alive(node string) bool {
 	return false
 }
 
+// gone says whether it is certain that a node which led us does so no more: nobody is there, or it says so itself, having
+// been started again meanwhile.
+func (m *membership) gone(node string) bool {
+	if m.port.refuses(node) {
+		return true
+	}
+	ctx, cancel := context.WithTimeout(m.ctx, probeTimeout)
+	defer cancel()
+	f, err := m.status.ask(ctx, node)
+	return err == nil && f.Leader != node
+}
+
 // dismiss ends the replica: the others have taken this node out of the configuration. A voter that did not know would
 // call elections for ever (hashicorp/raft#524).
 func (m *membership) dismiss(r *replica) {

@@ -2,6 +2,7 @@ package replicate
 
 import (
 	"bytes"
+	"context"
 	"fmt"
 	"log/slog"
 	"net"
@@ -13,6 +14,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -231,6 +233,43 @@ func TestWhoWasFoundFoundsNothing(t *testing.T) {
 	if fresh, err := m.node.store.Fresh(); err != nil || !fresh {
 		t.Fatalf("it has made itself a voter in the log that it was to be given: %v %v", fresh, err)
 	}
+}
+
+// The others look for it only when its next process is there.
+func TestALeaderThatIsBackAtOnceIsReplacedAtOnce(t *testing.T) {
+	t.Parallel()
+	var unreachable atomic.Bool // by silence, which is no certainty
+	patient := func(_ int, c *Config) {
+		c.RaftTimeout = time.Hour // whoever waits for raft's time-outs waits for ever
+		c.Cluster.seams.dial = func(ctx context.Context, network, addr string) (net.Conn, error) {
+			if unreachable.Load() {
+				return nil, os.ErrDeadlineExceeded
+			}
+			return new(net.Dialer).DialContext(ctx, network, addr)
+		}
+	}
+	f := newFleet(t, 3, patient)
+	f.await("three voters", func() bool { return f.roles()[RoleVoter] == 3 })
+	f.put("before", "1")
+	old := f.active()
+	for _, s := range f.all {
+		f.await("copy", func() bool { return s.value("before") == "1" })
+		if gone := s.n.membership.gone(old.n.ID()); gone {
+			t.Fatal("one that leads is thought to be gone")
+		}
+	}
+	unreachable.Store(true)
+	f.stopped(old, false)
+	f.all = slices.DeleteFunc(f.all, func(s *sidecar) bool { return s == old })
+	again := f.add(old.dir, patient)
+	for _, s := range f.all {
+		f.await("address", func() bool { addr, _ := s.n.membership.resolve(old.n.ID()); return addr == again.n.PeerAddr() })
+	}
+	unreachable.Store(false)
+	for _, s := range f.all[:2] {
+		s.n.membership.ended(old.n.ID())
+	}
+	f.put("after", "2")
 }
 
 // It has the key of gossip, and neither the token nor a certificate.

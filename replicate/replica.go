@@ -87,7 +87,7 @@ func (n *Node) startReplica(inner raft.Transport, m *membership) (*replica, erro
 	}
 	r.transport.attach(r.raft)
 	if m != nil {
-		r.elections = r.transport.elections(m.alive, m.port.refuses, n.log)
+		r.elections = r.transport.elections(m.alive, m.gone, n.log)
 	} else {
 		r.elections = r.transport.elections(nil, nil, n.log)
 	}
