@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 	"testing"
 	"time"
@@ -30,6 +31,9 @@ type appendCall struct {
 	records []Record
 	done    chan error
 	index   uint64 // raft's, once done has got nil
+
+	sequence uint64
+	stored   bool // no Stored has to be waited for
 }
 
 var (
@@ -60,41 +64,20 @@ func (s *sidecar) stop() {
 
 func (s *sidecar) run() {
 	defer close(s.done)
-	type waiting struct {
-		*appendCall
-		sequence uint64
-	}
-	var (
-		term, sequence, stored uint64
-		queue                  []*waiting
-		next                   *Entry
-	)
-	fail := func() {
-		for _, w := range queue {
-			w.done <- errUnknown
-		}
-		queue, next, term = nil, nil, 0
-		s.set(0)
-	}
-	defer fail()
+	a := &activation{sidecar: s}
+	defer a.fail()
 	for {
 		var entries chan<- Entry
 		var offer Entry
 		appends := s.appends
-		if next != nil {
-			entries, offer, appends = s.n.Entries(), *next, nil
+		if a.next != nil {
+			entries, offer, appends = s.n.Entries(), *a.next, nil
 		}
 		select {
 		case entries <- offer:
-			next = nil
+			a.next = nil
 		case call := <-appends:
-			if term == 0 {
-				call.done <- errNotActive
-				continue
-			}
-			sequence++
-			queue = append(queue, &waiting{appendCall: call, sequence: sequence})
-			next = &Entry{Term: term, Sequence: sequence, Records: call.records}
+			a.take(call)
 		case e, open := <-s.n.Events():
 			if !open {
 				return
@@ -102,50 +85,81 @@ func (s *sidecar) run() {
 			if s.observe != nil {
 				s.observe(s, e)
 			}
-			switch e.Kind {
-			case Reset:
-				fail()
-				s.reload()
-			case Applied:
-				s.apply(e.Records)
-				for i, w := range queue {
-					if e.Term == term && w.sequence == e.Sequence {
-						w.index = e.Index
-						if e.Stored || stored >= e.Index {
-							w.done <- nil
-							queue = append(queue[:i], queue[i+1:]...)
-						}
-						break
-					}
-				}
-			case Stored:
-				if e.Term != term {
-					continue
-				}
-				stored = max(stored, e.Index)
-				kept := queue[:0]
-				for _, w := range queue {
-					if w.index > 0 && w.index <= stored {
-						w.done <- nil
-					} else {
-						kept = append(kept, w)
-					}
-				}
-				queue = kept
-			case Active:
-				fail()
-				term, sequence, stored = e.Term, 0, 0
-				s.set(term)
-			case Inactive, Failed, Ignored:
-				if e.Term == term {
-					fail()
-					if e.Kind != Inactive {
-						s.n.Resign(e.Term)
-					}
-				}
-			}
+			a.handle(e)
 		}
 	}
+}
+
+// activation is what run knows of the term it is active in.
+type activation struct {
+	*sidecar
+	term, sequence, stored uint64
+	queue                  []*appendCall // those without an outcome, in their order
+	next                   *Entry        // to be offered
+}
+
+// fail ends the term.
+func (a *activation) fail() {
+	for _, call := range a.queue {
+		call.done <- errUnknown
+	}
+	a.queue, a.next, a.term = nil, nil, 0
+	a.set(0)
+}
+
+func (a *activation) take(call *appendCall) {
+	if a.term == 0 {
+		call.done <- errNotActive
+		return
+	}
+	a.sequence++
+	call.sequence = a.sequence
+	a.queue = append(a.queue, call)
+	a.next = &Entry{Term: a.term, Sequence: a.sequence, Records: call.records}
+}
+
+func (a *activation) handle(e Event) {
+	switch e.Kind {
+	case Reset:
+		a.fail()
+		a.reload()
+	case Applied:
+		a.apply(e.Records)
+		for _, call := range a.queue {
+			if e.Term == a.term && call.sequence == e.Sequence {
+				call.index, call.stored = e.Index, e.Stored
+			}
+		}
+		a.settle()
+	case Stored:
+		if e.Term == a.term {
+			a.stored = max(a.stored, e.Index)
+			a.settle()
+		}
+	case Active:
+		a.fail()
+		a.term, a.sequence, a.stored = e.Term, 0, 0
+		a.set(e.Term)
+	case Inactive, Failed, Ignored:
+		if e.Term != a.term {
+			return
+		}
+		a.fail()
+		if e.Kind != Inactive {
+			a.n.Resign(e.Term)
+		}
+	}
+}
+
+// settle answers those whose entries are applied and stored.
+func (a *activation) settle() {
+	a.queue = slices.DeleteFunc(a.queue, func(call *appendCall) bool {
+		settled := call.index > 0 && (call.stored || call.index <= a.stored)
+		if settled {
+			call.done <- nil
+		}
+		return settled
+	})
 }
 
 func (s *sidecar) set(term uint64) {
@@ -338,6 +352,31 @@ func (f *fleet) stopped(s *sidecar, leave bool) {
 	s.stop()
 }
 
+// ranked waits until so many of the living hold each role.
+func (f *fleet) ranked(voters, standbys, forwarders int) {
+	f.Helper()
+	f.await(fmt.Sprintf("%d voters, %d standbys and %d forwarders", voters, standbys, forwarders), func() bool {
+		r := f.roles()
+		return r[RoleVoter] == voters && r[RoleStandby] == standbys && r[RoleForwarder] == forwarders
+	})
+}
+
+// replaced ends a voter that is not active, as a crash would, and waits until another has its place.
+func (f *fleet) replaced() (victim *sidecar) {
+	f.Helper()
+	voters := f.roles()[RoleVoter]
+	for _, s := range f.all {
+		if s.n.Status().Role == RoleVoter && !s.active() {
+			victim = s
+		}
+	}
+	f.stopped(victim, false)
+	f.await("dead voter to be replaced", func() bool {
+		return f.roles()[RoleVoter] == voters && f.configuration()[victim.n.ID()] == ""
+	})
+	return victim
+}
+
 // configuration gives the roles by raft's configuration, as the active one knows it.
 func (f *fleet) configuration() map[string]string {
 	found := map[string]string{}
@@ -384,10 +423,7 @@ func TestTwoSidecarsAreAVoterAndAStandby(t *testing.T) {
 func TestSixSidecarsHaveThreeVotersTwoStandbysAndOneForwarder(t *testing.T) {
 	t.Parallel()
 	f := newFleet(t, 6, nil)
-	f.await("three voters, two standbys, one forwarder", func() bool {
-		r := f.roles()
-		return r[RoleVoter] == 3 && r[RoleStandby] == 2 && r[RoleForwarder] == 1
-	})
+	f.ranked(3, 2, 1)
 	f.put("key", "value")
 	f.await("everyone to know who is active", func() bool {
 		active := f.active().n.ID()
@@ -398,17 +434,8 @@ func TestSixSidecarsHaveThreeVotersTwoStandbysAndOneForwarder(t *testing.T) {
 		}
 		return true
 	})
-	var victim *sidecar
-	for _, s := range f.all {
-		if s.n.Status().Role == RoleVoter && !s.active() {
-			victim = s
-		}
-	}
-	f.stopped(victim, false)
-	f.await("dead voter to be replaced", func() bool {
-		r := f.roles()
-		return r[RoleVoter] == 3 && r[RoleStandby] == 2 && r[RoleForwarder] == 0 && f.configuration()[victim.n.ID()] == ""
-	})
+	f.replaced()
+	f.ranked(3, 2, 0)
 }
 
 func TestExactlyOneOfThreeThatExpectEachOtherFoundsTheCluster(t *testing.T) {

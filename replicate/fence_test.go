@@ -265,60 +265,65 @@ func TestFencesHoldThroughATransferThatFails(t *testing.T) {
 	})
 }
 
+// fenceLoad reads and writes as fast as it can on every voter of a cluster.
+type fenceLoad struct {
+	*cluster
+	stop    chan struct{}
+	workers sync.WaitGroup
+	held    atomic.Int64
+
+	mu     sync.Mutex
+	newest uint64 // the highest term in which somebody is known to have led
+}
+
+func (l *fenceLoad) until(work func() bool) {
+	l.workers.Go(func() {
+		for {
+			select {
+			case <-l.stop:
+				return
+			default:
+			}
+			if !work() {
+				time.Sleep(time.Millisecond)
+			}
+		}
+	})
+}
+
+// read fences once, if m leads. What holds must not be of a term older than one in which a fence held before.
+func (l *fenceLoad) read(m *raftMember) (leading bool) {
+	term, leading := m.t.leadership()
+	if !leading {
+		return false
+	}
+	l.mu.Lock()
+	begun := l.newest
+	l.mu.Unlock()
+	outcome := make(chan error, 1)
+	m.t.fences.fence(term, func(err error) { outcome <- err })
+	if l.outcome(outcome) != nil {
+		return true
+	}
+	l.held.Add(1)
+	if term < begun {
+		l.Errorf("term %d held after somebody had led in %d", term, begun)
+	}
+	l.mu.Lock()
+	l.newest = max(l.newest, term)
+	l.mu.Unlock()
+	return true
+}
+
 // Reads and writes at once, and leadership that moves: each fence is answered once, and one that holds never belongs to
 // a leader whose successor had begun before.
 func TestFencesUnderLoadNeverVouchForADeposedLeader(t *testing.T) {
 	c := newCluster(t, 3, 1)
 	defer c.close()
-	var newest struct { // the highest term in which somebody is known to have led
-		sync.Mutex
-		term uint64
-	}
-	stop := make(chan struct{})
-	var workers sync.WaitGroup
-	held := make([]int, len(c.members))
-	for i, m := range c.members[:3] {
-		workers.Go(func() {
-			for {
-				select {
-				case <-stop:
-					return
-				default:
-				}
-				term, leading := m.t.leadership()
-				if !leading {
-					time.Sleep(time.Millisecond)
-					continue
-				}
-				newest.Lock()
-				begun := newest.term
-				newest.Unlock()
-				outcome := make(chan error, 1)
-				m.t.fences.fence(term, func(err error) { outcome <- err })
-				if err := c.outcome(outcome); err != nil {
-					continue
-				}
-				held[i]++
-				if term < begun {
-					t.Errorf("term %d held after somebody had led in %d", term, begun)
-				}
-				newest.Lock()
-				newest.term = max(newest.term, term)
-				newest.Unlock()
-			}
-		})
-		workers.Go(func() {
-			for {
-				select {
-				case <-stop:
-					return
-				default:
-				}
-				if m.raft.Apply([]byte("x"), 0).Error() != nil {
-					time.Sleep(time.Millisecond)
-				}
-			}
-		})
+	load := &fenceLoad{cluster: c, stop: make(chan struct{})}
+	for _, m := range c.members[:3] {
+		load.until(func() bool { return load.read(m) })
+		load.until(func() bool { return m.raft.Apply([]byte("x"), 0).Error() == nil })
 	}
 	for i := range 10 {
 		to := c.members[(i+1)%3]
@@ -333,10 +338,10 @@ func TestFencesUnderLoadNeverVouchForADeposedLeader(t *testing.T) {
 			return false
 		})
 	}
-	close(stop)
-	workers.Wait()
-	t.Logf("fences held by the load: %v", held[:3])
-	if held[0]+held[1]+held[2] == 0 {
+	close(load.stop)
+	load.workers.Wait()
+	t.Logf("fences held by the load: %d", load.held.Load())
+	if load.held.Load() == 0 {
 		t.Error("no fence held")
 	}
 }

@@ -80,20 +80,9 @@ func TestWhoIsDismissedWronglyIsTakenInAgain(t *testing.T) {
 func TestWhoWasRemovedWhileAwayLearnsOfIt(t *testing.T) {
 	t.Parallel()
 	f := newFleet(t, 6, nil)
-	f.await("three voters, two standbys, one forwarder", func() bool {
-		r := f.roles()
-		return r[RoleVoter] == 3 && r[RoleStandby] == 2 && r[RoleForwarder] == 1
-	})
-	var victim *sidecar
-	for _, s := range f.all {
-		if s.n.Status().Role == RoleVoter && !s.active() {
-			victim = s
-		}
-	}
-	f.stopped(victim, false)
-	f.await("dead voter to be replaced", func() bool {
-		return f.roles()[RoleVoter] == 3 && f.roles()[RoleStandby] == 2 && f.configuration()[victim.n.ID()] == ""
-	})
+	f.ranked(3, 2, 1)
+	victim := f.replaced()
+	f.ranked(3, 2, 0)
 	for range 2 { // the second time it knows
 		again := f.add(victim.dir, nil)
 		f.await("forwarder", func() bool { return again.n.running.Load() == nil && again.n.Status().Role == RoleForwarder })
@@ -132,10 +121,7 @@ func TestARecoveredClusterIsANewOne(t *testing.T) {
 	t.Parallel()
 	var logs [6]lines
 	f := newFleet(t, 6, func(i int, c *Config) { c.Logger = logs[i].logger() })
-	f.await("three voters, two standbys, one forwarder", func() bool {
-		r := f.roles()
-		return r[RoleVoter] == 3 && r[RoleStandby] == 2 && r[RoleForwarder] == 1
-	})
+	f.ranked(3, 2, 1)
 	f.put("key", "value")
 	var survivor, forwarder *sidecar
 	for _, s := range f.all {
@@ -437,10 +423,7 @@ func TestOneCommandLineForAll(t *testing.T) {
 func TestAForwarderThatLeavesHasNotFailed(t *testing.T) {
 	t.Parallel()
 	f := newFleet(t, 6, nil)
-	f.await("three voters, two standbys, one forwarder", func() bool {
-		r := f.roles()
-		return r[RoleVoter] == 3 && r[RoleStandby] == 2 && r[RoleForwarder] == 1
-	})
+	f.ranked(3, 2, 1)
 	at := slices.IndexFunc(f.all, func(s *sidecar) bool { return s.n.Status().Role == RoleForwarder })
 	gone := f.all[at]
 	f.stopped(gone, true)
