@@ -331,7 +331,7 @@ func (s *insync) infos() (last uint64, infos []replicaInfo) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for id, r := range s.replicas {
-		infos = append(infos, replicaInfo{ID: id, Match: r.match, InSync: r.in && !s.over, Contact: r.contact})
+		infos = append(infos, replicaInfo{ID: id, Match: min(r.match, s.last), InSync: r.in && !s.over, Contact: r.contact})
 	}
 	slices.SortFunc(infos, func(a, b replicaInfo) int { return cmp.Compare(a.ID, b.ID) })
 	return s.last, infos

@@ -264,3 +264,128 @@ func TestWhoStepsDownBarsNobody(t *testing.T) {
 		}
 	})
 }
+
+// The leader's disk and the others' write at the same time; the entry is committed when the leader has it too.
+func TestEntriesGoAheadOfTheLeadersOwnWrite(t *testing.T) {
+	bubble(t, 3, 1, func(c *cluster) {
+		leader := c.members[0]
+		c.await("all are in sync", func() bool {
+			return leader.insync(c.members[1]) && leader.insync(c.members[2]) && leader.insync(c.members[3])
+		})
+		for range 3 {
+			before := c.apply(leader)
+			leader.log.shut()
+			applied := leader.raft.Apply([]byte("entry"), 0)
+			c.await("the others have it", func() bool {
+				return c.members[1].log.last() > before && c.members[2].log.last() > before && c.members[3].log.last() > before
+			})
+			synctest.Wait()
+			if leader.log.last() != before || leader.fsm.index.Load() != before || leader.raft.CommitIndex() != before || leader.t.insync.has(before+1) {
+				c.Error("the leader counts an entry that it has not written")
+			}
+			if _, infos := leader.t.insync.infos(); infos[0].Match > before {
+				c.Errorf("%s is shown at %d, and the leader is at %d", infos[0].ID, infos[0].Match, before)
+			}
+			leader.log.open()
+			if err := applied.Error(); err != nil {
+				c.Fatal(err)
+			}
+			c.await("all copies count", func() bool { return leader.t.insync.has(before + 1) })
+		}
+	})
+}
+
+// A leader is cut off with an entry that went ahead and that it has not written yet. Another replica has it, so nobody
+// without it can lead, and it is committed, by the next leader or by both.
+func TestAnEntryThatWentAheadSurvivesItsLeader(t *testing.T) {
+	bubble(t, 3, 0, func(c *cluster) {
+		old, follower := c.members[0], c.members[1]
+		c.net.set(c.net.cut, true, link{old.id, c.members[2].id})
+		time.Sleep(lostAfter)
+		before := c.apply(old)
+		old.log.shut()
+		applied := old.raft.Apply([]byte("ahead"), 0)
+		c.await("one other has it", func() bool { return follower.log.last() > before })
+		c.kill(old)
+		leader := c.another(old)
+		if leader != follower {
+			c.Errorf("%s leads, and lacks what was stored elsewhere", leader.id)
+		}
+		index := c.apply(leader)
+		old.log.open()
+		c.net.part(false, old, c.members[1:]...)
+		_ = applied.Error() // committed, or leadership lost
+		c.await("all have the same", func() bool {
+			for _, m := range c.members {
+				if m.fsm.index.Load() < index {
+					return false
+				}
+			}
+			return true
+		})
+		for _, m := range c.members {
+			var entry raft.Log
+			if err := m.log.GetLog(before+1, &entry); err != nil || string(entry.Data) != "ahead" {
+				c.Errorf("%s has %q at %d (%v)", m.id, entry.Data, before+1, err)
+			}
+		}
+	})
+}
+
+// countingTransport counts what raft's pipelines are given.
+type countingTransport struct {
+	*raft.InmemTransport
+	mu   sync.Mutex
+	sent map[uint64]int // by the index of an entry
+}
+
+func (n *countingTransport) AppendEntriesPipeline(id raft.ServerID, target raft.ServerAddress) (raft.AppendPipeline, error) {
+	p, err := n.InmemTransport.AppendEntriesPipeline(id, target)
+	return countingPipeline{p, n}, err
+}
+
+type countingPipeline struct {
+	raft.AppendPipeline
+	n *countingTransport
+}
+
+func (p countingPipeline) AppendEntries(args *raft.AppendEntriesRequest, resp *raft.AppendEntriesResponse) (raft.AppendFuture, error) {
+	p.n.mu.Lock()
+	for _, e := range args.Entries {
+		p.n.sent[e.Index]++
+	}
+	p.n.mu.Unlock()
+	return p.AppendPipeline.AppendEntries(args, resp)
+}
+
+func TestWhatWentAheadIsNotSentAgain(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		counting := &countingTransport{sent: map[uint64]int{}} // the leader's
+		c := startCluster(t, 3, 0, func(c *cluster, m *raftMember) raft.Transport {
+			inner := inMemory(c, m)
+			if len(c.members) > 0 {
+				return inner
+			}
+			counting.InmemTransport = m.inner
+			return counting
+		})
+		defer c.close()
+		leader := c.members[0]
+		for range 20 { // raft opens its pipelines when it has sent something
+			c.apply(leader)
+			time.Sleep(10 * time.Millisecond)
+		}
+		first := leader.log.last() + 1
+		for range 50 {
+			index := c.apply(leader)
+			c.await("all copies count", func() bool { return leader.t.insync.has(index) })
+		}
+		counting.mu.Lock()
+		defer counting.mu.Unlock()
+		for index := first; index < first+50; index++ {
+			if counting.sent[index] != 2 {
+				c.Errorf("entry %d was sent %d times to two replicas", index, counting.sent[index])
+			}
+		}
+	})
+}

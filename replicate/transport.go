@@ -28,6 +28,8 @@ type transport struct {
 	faults faults                    // nil: none; tests set it before raft starts
 	peers  sync.Map                  // raft.ServerID → *peerState
 
+	pipelines sync.Map // *pipeline → nil: those that are open
+
 	refused  atomic.Pointer[func(*raft.RequestVoteRequest)] // told of votes that our raft has refused
 	consumer chan raft.RPC
 	closing  sync.Once
@@ -96,7 +98,7 @@ func (t *transport) spawn(f func()) {
 // watch gives the log that raft is to write through: the transport learns from it when entries were appended, who
 // belongs to the configuration, and whether a write hangs. It is called before raft starts.
 func (t *transport) watch(log raft.LogStore) raft.LogStore {
-	t.log = &watchedLog{LogStore: log, insync: t.insync, base: time.Now()}
+	t.log = &watchedLog{LogStore: log, insync: t.insync, ahead: t.ahead, base: time.Now()}
 	return t.log
 }
 
@@ -147,7 +149,7 @@ type sent struct {
 	args     *raft.AppendEntriesRequest
 	stamp    uint64 // of the fences' clock
 	previous uint64 // our last index when the request before went out to the same replica, or noIndex
-	extra    bool   // a duplicate: raft must not see its answer
+	of       *call  // raft's, in a pipeline; nil: raft must not see the answer
 }
 
 // begin notes that the sending of a request begins.
@@ -246,9 +248,37 @@ func (t *transport) AppendEntriesPipeline(id raft.ServerID, target raft.ServerAd
 		}
 		return nil, err
 	}
-	p := &pipeline{AppendPipeline: inner, t: t, id: id, ready: make(chan raft.AppendFuture), stop: make(chan struct{})}
+	p := newPipeline(inner, t, id)
+	t.pipelines.Store(p, nil)
 	go p.relay()
+	go p.goAhead()
 	return p, nil
+}
+
+// ahead sends entries that our own log is about to write to whoever has everything before them, if we lead: their disks
+// and ours then write at the same time. Configurations are left to raft, which looks at its own copy first. It runs on
+// raft's main goroutine, where alone our state changes.
+func (t *transport) ahead(previous raft.Log, entries []*raft.Log) {
+	term, leading := t.leadership()
+	if !leading || previous.Index+1 != entries[0].Index {
+		return
+	}
+	for _, e := range entries {
+		if e.Type != raft.LogCommand || e.Term != term {
+			return
+		}
+	}
+	var args *raft.AppendEntriesRequest
+	t.pipelines.Range(func(p, _ any) bool {
+		if args == nil {
+			args = &raft.AppendEntriesRequest{
+				RPCHeader: t.header(), Term: term, Leader: t.EncodePeer(t.id, t.LocalAddr()),
+				PrevLogEntry: previous.Index, PrevLogTerm: previous.Term, Entries: entries, LeaderCommitIndex: t.raft.Load().CommitIndex(),
+			}
+		}
+		p.(*pipeline).offer(args)
+		return true
+	})
 }
 
 // InstallSnapshot sends a snapshot: whoever has accepted it has everything up to its last index.

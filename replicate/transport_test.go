@@ -134,14 +134,17 @@ func testLogger() *slog.Logger {
 // newCluster starts voters and standbys over raft's in-memory transport and waits for the first to lead.
 func newCluster(t *testing.T, voters, standbys int) *cluster {
 	t.Helper()
-	return startCluster(t, voters, standbys, func(c *cluster, m *raftMember) raft.Transport {
-		_, m.inner = raft.NewInmemTransportWithTimeout(raft.ServerAddress(m.id), 3*time.Second)
-		for _, o := range c.members {
-			m.inner.Connect(raft.ServerAddress(o.id), o.inner)
-			o.inner.Connect(raft.ServerAddress(m.id), m.inner)
-		}
-		return m.inner
-	})
+	return startCluster(t, voters, standbys, inMemory)
+}
+
+// inMemory connects a member to those before it.
+func inMemory(c *cluster, m *raftMember) raft.Transport {
+	_, m.inner = raft.NewInmemTransportWithTimeout(raft.ServerAddress(m.id), 3*time.Second)
+	for _, o := range c.members {
+		m.inner.Connect(raft.ServerAddress(o.id), o.inner)
+		o.inner.Connect(raft.ServerAddress(m.id), m.inner)
+	}
+	return m.inner
 }
 
 // startCluster starts members that talk through what connect makes for each.

@@ -17,8 +17,10 @@ const hungAfter = time.Second
 type watchedLog struct {
 	raft.LogStore
 	insync *insync
-	base   time.Time    // what since counts from, on the monotonic clock
-	since  atomic.Int64 // when the write under way began, in nanoseconds after base; 0: none is
+	ahead  func(previous raft.Log, entries []*raft.Log) // told of a write that begins; nil: nobody wants to know
+	last   raft.Log                                     // index and term of the last entry of the write before, if that succeeded
+	base   time.Time                                    // what since counts from, on the monotonic clock
+	since  atomic.Int64                                 // when the write under way began, in nanoseconds after base; 0: none is
 
 	abdicated atomic.Int64 // the since of the write for which leadership was offered
 }
@@ -30,14 +32,19 @@ func (l *watchedLog) StoreLog(entry *raft.Log) error { return l.StoreLogs([]*raf
 
 // StoreLogs stores entries. Raft calls it from one goroutine at a time.
 func (l *watchedLog) StoreLogs(entries []*raft.Log) error {
+	if l.ahead != nil && len(entries) > 0 {
+		l.ahead(l.last, entries)
+	}
+	l.last = raft.Log{}
 	l.since.Store(max(1, int64(time.Since(l.base))))
 	err := l.LogStore.StoreLogs(entries)
 	l.since.Store(0)
 	if err != nil || len(entries) == 0 {
 		return err
 	}
-	now := time.Now()
-	l.insync.appended(entries[0].Index, entries[len(entries)-1].Index, now)
+	now, last := time.Now(), entries[len(entries)-1]
+	l.last = raft.Log{Index: last.Index, Term: last.Term}
+	l.insync.appended(entries[0].Index, last.Index, now)
 	for _, e := range entries {
 		if e.Type == raft.LogConfiguration {
 			l.insync.configured(raft.DecodeConfiguration(e.Data), now)
