@@ -163,22 +163,25 @@ func (p *pipeline) goAhead() {
 // Consumer is where raft takes the answers from.
 func (p *pipeline) Consumer() <-chan raft.AppendFuture { return p.ready }
 
-// relay learns from each answer, then passes on the calls that are complete, in their order.
+// relay learns from each answer, and passes on the calls that are complete, in their order. It goes on taking answers
+// while raft takes none: raft may be waiting, in AppendEntries, for room on the wire.
 func (p *pipeline) relay() {
 	for {
+		c := p.next()
+		ready := p.ready
+		if c == nil {
+			ready = nil
+		}
 		select {
+		case ready <- c:
+			p.mu.Lock()
+			p.calls = append(p.calls[:0], p.calls[1:]...)
+			p.mu.Unlock()
 		case f := <-p.AppendPipeline.Consumer():
 			p.answered(f)
 		case <-p.nudged:
 		case <-p.stop:
 			return
-		}
-		for c := p.next(); c != nil; c = p.next() {
-			select {
-			case p.ready <- c:
-			case <-p.stop:
-				return
-			}
 		}
 	}
 }
@@ -219,7 +222,7 @@ func (p *pipeline) answered(f raft.AppendFuture) {
 	}
 }
 
-// next takes the first call of raft's, if it is complete.
+// next is the first call of raft's, if it is complete.
 func (p *pipeline) next() *call {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -227,24 +230,23 @@ func (p *pipeline) next() *call {
 		return nil
 	}
 	c := p.calls[0]
-	if c.ahead {
-		switch {
-		case c.args.Entries[len(c.args.Entries)-1].Index <= p.stored:
-			*c.resp = raft.AppendEntriesResponse{Term: c.args.Term, Success: true}
-		case p.refused != nil:
-			*c.resp = *p.refused
-		default:
-			return nil
-		}
-		close(c.complete)
-	}
 	select {
 	case <-c.complete:
-		p.calls = append(p.calls[:0], p.calls[1:]...)
 		return c
+	default:
+	}
+	switch {
+	case !c.ahead:
+		return nil
+	case c.args.Entries[len(c.args.Entries)-1].Index <= p.stored:
+		*c.resp = raft.AppendEntriesResponse{Term: c.args.Term, Success: true}
+	case p.refused != nil:
+		*c.resp = *p.refused
 	default:
 		return nil
 	}
+	close(c.complete)
+	return c
 }
 
 // take finds what was noted when the request was sent.

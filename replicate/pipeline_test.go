@@ -389,3 +389,39 @@ func TestWhatWentAheadIsNotSentAgain(t *testing.T) {
 		}
 	})
 }
+
+// narrowPipeline takes a request when the answer before it has been taken.
+type narrowPipeline struct{ answers chan raft.AppendFuture }
+
+func (n narrowPipeline) AppendEntries(args *raft.AppendEntriesRequest, resp *raft.AppendEntriesResponse) (raft.AppendFuture, error) {
+	c := &call{args: args, resp: resp, complete: make(chan struct{})}
+	resp.Success = true
+	close(c.complete)
+	n.answers <- c
+	return c, nil
+}
+
+func (n narrowPipeline) Consumer() <-chan raft.AppendFuture { return n.answers }
+func (n narrowPipeline) Close() error                       { return nil }
+
+// Raft's decoder ends at an answer that it does not like, while its sender may be waiting for room on the wire.
+func TestAPipelineTakesAnswersThatRaftLeaves(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		transport := newTransport(&nullTransport{})
+		defer transport.Close()
+		p := newPipeline(narrowPipeline{make(chan raft.AppendFuture)}, transport, "other")
+		go p.relay()
+		defer p.Close()
+		for i := range uint64(5) {
+			args := &raft.AppendEntriesRequest{Term: 1, PrevLogEntry: i, Entries: []*raft.Log{{Index: i + 1, Term: 1}}}
+			if _, err := p.AppendEntries(args, new(raft.AppendEntriesResponse)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		for i := range uint64(5) {
+			if f := <-p.Consumer(); f.Request().PrevLogEntry != i || !f.Response().Success || f.Error() != nil {
+				t.Fatalf("answer %d: %+v, %+v", i, f.Request(), f.Response())
+			}
+		}
+	})
+}
