@@ -272,7 +272,7 @@ func (t *transport) ahead(previous raft.Log, entries []*raft.Log) {
 	t.pipelines.Range(func(p, _ any) bool {
 		if args == nil {
 			args = &raft.AppendEntriesRequest{
-				RPCHeader: t.header(), Term: term, Leader: t.EncodePeer(t.id, t.LocalAddr()),
+				RPCHeader: t.header(), Term: term,
 				PrevLogEntry: previous.Index, PrevLogTerm: previous.Term, Entries: entries, LeaderCommitIndex: t.raft.Load().CommitIndex(),
 			}
 		}
