@@ -23,6 +23,7 @@ func (i *instant) Entries() chan<- replicate.Entry           { return i.entries 
 func (i *instant) Latest(func(replicate.Record) error) error { return nil }
 func (i *instant) Fence(_ uint64, done func(error))          { done(nil) }
 func (i *instant) Resign(uint64)                             {}
+func (i *instant) Full() bool                                { return false }
 
 // replicate applies what is offered; the replicas have it at once, or are told of one event later.
 func (i *instant) replicate(ctx context.Context, stored bool) {

@@ -25,6 +25,8 @@ const (
 	pauseGap    = 2 * time.Second // a beat that is this late was missed by a paused process, not by the members
 	blindTime   = 5 * time.Second // after the upstream could not be asked, topics are taken on trust for so long
 
+	fullEvery = 5 * time.Millisecond // how often it is asked whether the disk is full
+
 	fenceRetry = 50 * time.Millisecond // between read fences that fail, though the term goes on
 
 	resignFirst, resignSlowest = 50 * time.Millisecond, 2 * time.Second // between activations that end by themselves
@@ -46,6 +48,8 @@ type Leadership interface {
 	Fence(term uint64, done func(error))
 	// Resign ends the leadership of this term, if it is not over yet.
 	Resign(term uint64)
+	// Full says that there is no room on disk for an entry; one that is offered may fail.
+	Full() bool
 }
 
 // Config of a Coordinator.
@@ -82,7 +86,9 @@ type Coordinator struct {
 	lastLookup uint64
 	blindUntil time.Time // the upstream could not be asked a moment ago
 	beat       time.Time // when the loop must be awake again; set while active
-	failure    error     // the state can neither be trusted nor rebuilt: the loop ends
+	full       bool      // the disk was, when it was asked last: nothing is executed that might write
+	fullAsked  time.Time
+	failure    error // the state can neither be trusted nor rebuilt: the loop ends
 
 	resign      uint64    // a term to resign from
 	resignAt    time.Time // and when
@@ -313,6 +319,11 @@ func (c *Coordinator) step(r *Request, acceptUnknownTopics bool) {
 		r.Done(nil, ErrInactive)
 		return
 	}
+	now := time.Now()
+	if mayWrite(r.Body) && c.diskIsFull(now) {
+		r.Done(group.ErrorResponse(r.Body, TimeoutCode(r.Body)), nil)
+		return
+	}
 	c.lastCall++
 	call := c.lastCall
 	c.calls[call] = r
@@ -323,7 +334,6 @@ func (c *Coordinator) step(r *Request, acceptUnknownTopics bool) {
 		in.NewID = uuid.NewString()
 	}
 	c.metrics.Add(tracing.Steps, 1)
-	now := time.Now()
 	err := c.guard(func() { c.perform(now, call, c.state.Step(now, in)) })
 	if err == nil {
 		return
@@ -332,6 +342,34 @@ func (c *Coordinator) step(r *Request, acceptUnknownTopics bool) {
 	delete(c.calls, call)
 	c.breakDown(err)
 	r.Done(group.ErrorResponse(r.Body, kerr.UnknownServerError.Code), nil)
+}
+
+// mayWrite says whether a request may yield records.
+func mayWrite(req kmsg.Request) bool {
+	switch req.(type) {
+	case *kmsg.HeartbeatRequest, *kmsg.OffsetFetchRequest, *kmsg.ListGroupsRequest, *kmsg.DescribeGroupsRequest:
+		return false
+	}
+	return true
+}
+
+// diskIsFull says whether there is no room for what a Step might write. An entry that cannot be stored ends the term and
+// holds up whoever reads; so while the disk is full nothing is executed that might lead to one, and time stands still
+// for the members.
+func (c *Coordinator) diskIsFull(now time.Time) bool {
+	if now.Sub(c.fullAsked) < fullEvery {
+		return c.full
+	}
+	was := c.full
+	c.full, c.fullAsked = c.leader.Full(), now
+	switch {
+	case c.full && !was:
+		c.logger.Error("there is no room on disk: what changes groups and offsets is refused until there is")
+	case was && !c.full:
+		c.logger.Info("there is room on disk again")
+		c.state.Rearm(now)
+	}
+	return c.full
 }
 
 // perform queues the records of a Step for the log and its replies behind them. Call is the request's, 0 for a Tick.
@@ -401,7 +439,9 @@ func (c *Coordinator) setTimer() {
 		}
 	}
 	if c.activation != nil {
-		earliest(c.state.Deadline())
+		if !c.full {
+			earliest(c.state.Deadline())
+		}
 		earliest(c.activation.deadline())
 		earliest(c.beat)
 		earliest(c.activation.fenceAt)
@@ -437,6 +477,9 @@ func (c *Coordinator) handleTimer() {
 	}
 	c.expireHeld(now)
 	c.startFence(now) // again, if the last one has failed
+	if c.diskIsFull(now) {
+		return
+	}
 	deadline := c.state.Deadline()
 	if deadline.IsZero() || deadline.After(now) {
 		return

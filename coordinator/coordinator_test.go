@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -27,10 +28,12 @@ type hand struct {
 	resigned []uint64
 	fences   []func(error) // under way; nil in openFence mode
 	hold     bool          // whether fences wait for the test
+	full     atomic.Bool   // the disk
 }
 
 func (h *hand) Events() <-chan replicate.Event  { return h.events }
 func (h *hand) Entries() chan<- replicate.Entry { return h.entries }
+func (h *hand) Full() bool                      { return h.full.Load() }
 func (h *hand) Resign(term uint64) {
 	h.mu.Lock()
 	defer h.mu.Unlock()

@@ -56,6 +56,7 @@ type pendingFence struct {
 func (r *replica) Events() <-chan replicate.Event  { return r.events }
 func (r *replica) Entries() chan<- replicate.Entry { return r.entries }
 func (r *replica) Resign(term uint64)              { r.resigned = append(r.resigned, term) }
+func (r *replica) Full() bool                      { return false }
 
 func (r *replica) Fence(term uint64, done func(error)) {
 	if r.hold {

@@ -56,8 +56,8 @@ func fillUp(t *testing.T, at string) (free func()) {
 	return func() { check(t, os.Remove(name)) }
 }
 
-// TestFullDisk: while the disk is full commits are refused with an error that clients retry, and the process stays; when
-// there is space again commits go on. A restart on the full disk says what is wrong or serves; nothing acknowledged is
+// TestFullDisk: while the disk is full commits are refused with an error that clients retry, committed offsets are told,
+// and the process stays; when there is space again commits go on. A restart on the full disk says what is wrong or serves; nothing acknowledged is
 // lost in all of it.
 func TestFullDisk(t *testing.T) {
 	if os.Geteuid() != 0 {
@@ -104,6 +104,11 @@ func TestFullDisk(t *testing.T) {
 				}))
 				if !s.Alive() {
 					t.Fatal("the sidecar ended on the full disk")
+				}
+				for range 3 { // what is there is still told
+					if got, err := dialRaw(t, s.Addr()).committed("full", name); err != nil || got != offset && got != offset+1 {
+						t.Fatalf("committed %d on the full disk, acknowledged %d: %v", got, offset, err)
+					}
 				}
 				free()
 				check(t, lab.Eventually(20*time.Second, commit))

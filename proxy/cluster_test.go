@@ -59,6 +59,7 @@ func (r *replica) Events() <-chan replicate.Event            { return r.events }
 func (r *replica) Entries() chan<- replicate.Entry           { return r.entries }
 func (r *replica) Latest(func(replicate.Record) error) error { return nil }
 func (r *replica) Resign(uint64)                             {}
+func (r *replica) Full() bool                                { return false }
 func (r *replica) push(e replicate.Event)                    { r.queue = append(r.queue, e); r.moved.Broadcast() }
 func (l *trunk) locked(f func())                             { l.mu.Lock(); defer l.mu.Unlock(); f(); l.moved.Broadcast() }
 func (r *replica) freeze(frozen bool)                        { r.locked(func() { r.frozen = frozen }) }

@@ -47,12 +47,17 @@ func (r *replica) offer(encoder *entryEncoder, e *Entry) pending {
 	default:
 		p.err = e.check()
 	}
+	var b []byte
+	if p.err == nil {
+		b = encoder.encode(e)
+		p.err = r.store.Room(int64(len(b))) // raft, whose log would fail, gives up the lead for a whole time-out
+	}
 	if p.err != nil {
 		// From here on, not only once settle has told: the next entry may already be waiting.
 		r.fail(e.Term)
 		return p
 	}
-	p.future = r.raft.Apply(encoder.encode(e), 0)
+	p.future = r.raft.Apply(b, 0)
 	return p
 }
 

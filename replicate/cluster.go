@@ -48,7 +48,8 @@ type seams struct {
 	gossip *gossipTiming
 	birth  *birthTiming
 	roles  *roleTiming
-	close  time.Duration // in closeTimeout's place
+	close  time.Duration                                   // in closeTimeout's place
+	space  func(dir string) (free, total int64, err error) // on disk
 }
 
 // Security of gossip and of the peer port. Without any of it peers are accepted on loopback addresses only, unless

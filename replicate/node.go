@@ -82,7 +82,11 @@ func Open(c Config) (*Node, error) {
 		stop:    make(chan struct{}),
 		ended:   make(chan struct{}),
 	}
-	s, err := store.Open(store.Options{Dir: c.Dir, Fsync: c.Fsync, MinFree: c.MinFree, Quarantine: c.quarantines(), Logger: c.Logger, OnFatal: n.fatal})
+	opt := store.Options{Dir: c.Dir, Fsync: c.Fsync, MinFree: c.MinFree, Quarantine: c.quarantines(), Logger: c.Logger, OnFatal: n.fatal}
+	if c.Cluster != nil {
+		opt.Space = c.Cluster.seams.space
+	}
+	s, err := store.Open(opt)
 	if err != nil {
 		return nil, err
 	}
@@ -172,6 +176,10 @@ func (n *Node) Resign(term uint64) {
 		r.resign(term)
 	}
 }
+
+// Full says that the disk has no room for entries now, or soon will not: one that is offered may fail, and its term with
+// it. A leader with peers hands its lead over meanwhile.
+func (n *Node) Full() bool { return n.store.Full() }
 
 // send delivers an event; false if the node is ending.
 func (n *Node) send(e Event) bool {

@@ -22,6 +22,9 @@ const (
 	trimEvery       = 2 * time.Second
 )
 
+// offerEvery is how often a leader whose disk is full offers its lead: those of the others may be full as well.
+const offerEvery = 10 * time.Second
+
 // replica is one run of raft over the store: from the time this node is a member of the cluster's configuration, or
 // about to become one, until it is removed or the node ends. A node has one at a time at most; a forwarder has none.
 type replica struct {
@@ -175,6 +178,7 @@ func (r *replica) lead() {
 	again := time.NewTicker(r.retry)
 	defer again.Stop()
 	var active, gaveUp uint64
+	var offered time.Time
 	for {
 		select {
 		case <-r.raft.LeaderCh():
@@ -184,6 +188,10 @@ func (r *replica) lead() {
 				go r.giveUp(term) // a transfer takes as long as it takes, and with a disk that hangs for ever
 			}
 		case <-again.C: // a barrier that failed while we went on leading
+			if active != 0 && time.Since(offered) > offerEvery && r.store.Full() && !r.lone() {
+				offered = time.Now()
+				go r.makeWay(active)
+			}
 		case <-r.stop:
 			if active != 0 {
 				r.over(active)
@@ -215,6 +223,14 @@ func (r *replica) giveUp(term uint64) {
 	if r.leadsIn(term) {
 		r.log.Debug("forcing a new term", "term", term)
 		r.transport.campaign(r.id)
+	}
+}
+
+// makeWay hands leadership to a voter whose disk may have room; raft takes the one that has stored most.
+func (r *replica) makeWay(term uint64) {
+	r.log.Warn("there is no room on disk: leadership is offered to another voter", "term", term)
+	if err := r.raft.LeadershipTransfer().Error(); err != nil {
+		r.log.Warn("handing leadership over", "term", term, "err", err)
 	}
 }
 

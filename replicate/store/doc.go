@@ -43,8 +43,9 @@
 // anew.
 //
 // Badger writes through mmap, so a full disk is a SIGBUS. The guard asks the filesystem before every append and fails
-// it below MinFree; stable writes, which raft cannot bear to fail, wait instead. While badger is at work the guard
-// looks every 2 ms: when space is very low it gives up the ballast, a file of nothing, and puts up the barrier, which
+// it below MinFree; stable writes, which raft cannot bear to fail, wait instead. What raft appends to lead at all, a few
+// bytes, is taken below it, so that there is a leader to read from. While badger is at work the guard looks every 2 ms:
+// when space is very low it gives up the ballast, a file of nothing, and puts up the barrier, which
 // keeps badger from beginning tables. Only a table that is half written when the last byte goes is beyond it: that ends
 // the process as a kill does. A database that cannot be closed for want of space is left to the next start.
 //

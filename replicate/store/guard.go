@@ -31,6 +31,8 @@ const (
 	watchBarrier = 50 * time.Millisecond
 	// openBytes is what opening the database may write: its memtables become tables.
 	openBytes = 24 << 20
+	// fullAhead is how much earlier than an append Full looks ahead: what can be filled until it is asked again.
+	fullAhead = 8 << 20
 )
 
 // guard watches the free space under the data directory.
@@ -50,7 +52,7 @@ type guard struct {
 }
 
 func newGuard(opt Options, log *slog.Logger) *guard {
-	g := &guard{dir: opt.Dir, min: opt.MinFree, ballast: filepath.Join(opt.Dir, ballastName), log: log, space: opt.space, wake: make(chan struct{}, 1)}
+	g := &guard{dir: opt.Dir, min: opt.MinFree, ballast: filepath.Join(opt.Dir, ballastName), log: log, space: opt.Space, wake: make(chan struct{}, 1)}
 	if g.space == nil {
 		g.space = diskSpace
 	}
@@ -122,6 +124,12 @@ func (g *guard) roomy(size int64) bool {
 	}
 	free, total, err := g.space(g.dir)
 	return err == nil && free >= g.floor(total)+size
+}
+
+// spare says whether there is space for a few bytes of which much depends.
+func (g *guard) spare() bool {
+	free, total, err := g.space(g.dir)
+	return err == nil && free >= g.floor(total)/8
 }
 
 // wait returns when a few bytes can be written safely, or stop is closed. Raft panics when its stable store fails.
@@ -273,6 +281,11 @@ func (s *Store) Room(size int64) error {
 		return nil
 	}
 	return s.files.guard.check(size)
+}
+
+// Full says that appends fail for want of space, or are about to.
+func (s *Store) Full() bool {
+	return s.files != nil && !s.files.guard.roomy(fullAhead)
 }
 
 func (s *Store) checkSpace() error {

@@ -121,7 +121,7 @@ func TestAWriteAheadLogThatGoesAwayIsAnError(t *testing.T) {
 
 func TestNothingIsAllocatedAheadWhenSpaceIsLow(t *testing.T) {
 	r := &reopenable{t: t, opt: Options{Dir: t.TempDir(), Fsync: true, MinFree: 64 << 20}}
-	r.opt.space = func(string) (int64, int64, error) { return 64<<20 + walBytes, 10 << 30, nil }
+	r.opt.Space = func(string) (int64, int64, error) { return 64<<20 + walBytes, 10 << 30, nil }
 	r.open()
 	t.Cleanup(func() { r.Store.Close() })
 	name, _ := newestLog(t, r.opt.Dir)

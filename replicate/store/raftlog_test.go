@@ -283,7 +283,7 @@ func TestNoSpaceFailsAppendsCleanlyAndStableWritesWait(t *testing.T) {
 	var free atomic.Int64
 	free.Store(300 << 20) // too little for a ballast
 	r := &reopenable{t: t, opt: Options{Dir: t.TempDir(), MinFree: 64 << 20}}
-	r.opt.space = func(string) (int64, int64, error) { return free.Load(), 10 << 30, nil }
+	r.opt.Space = func(string) (int64, int64, error) { return free.Load(), 10 << 30, nil }
 	r.open()
 	t.Cleanup(func() { r.Store.Close() })
 	r.mustStore(entries(1, 1, 3, 10))
@@ -293,6 +293,14 @@ func TestNoSpaceFailsAppendsCleanlyAndStableWritesWait(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+	noop := &raft.Log{Index: 4, Term: 2, Type: raft.LogNoop}
+	if err := r.RaftLog().StoreLogs(append([]*raft.Log{noop}, entries(2, 5, 5, 10)...)); !errors.Is(err, ErrNoSpace) {
+		t.Fatal(err)
+	}
+	if !r.Full() {
+		t.Fatal("room")
+	}
+	r.mustStore([]*raft.Log{noop}) // what a leader needs
 	if err := r.Local().Put("x", []byte("y")); !errors.Is(err, ErrNoSpace) {
 		t.Fatal(err)
 	}
@@ -300,6 +308,9 @@ func TestNoSpaceFailsAppendsCleanlyAndStableWritesWait(t *testing.T) {
 		t.Fatal(err) // raft's few bytes still go in
 	}
 	free.Store(1 << 20) // but not on a full disk: they wait
+	if err := r.RaftLog().StoreLog(&raft.Log{Index: 5, Term: 2, Type: raft.LogNoop}); !errors.Is(err, ErrNoSpace) {
+		t.Fatal(err)
+	}
 	wrote := make(chan error, 1)
 	go func() { wrote <- r.Stable().SetUint64(keyCurrentTerm, 3) }()
 	select {
@@ -312,15 +323,18 @@ func TestNoSpaceFailsAppendsCleanlyAndStableWritesWait(t *testing.T) {
 		t.Fatal(err)
 	}
 	free.Store(300 << 20)
-	r.mustStore(entries(1, 4, 4, 10))
-	r.wantEnds(1, 4)
+	if r.Full() {
+		t.Fatal("no room")
+	}
+	r.mustStore(entries(2, 5, 5, 10))
+	r.wantEnds(1, 5)
 }
 
 func TestNothingWaitsForSpaceAcrossARelease(t *testing.T) {
 	var free atomic.Int64
 	free.Store(300 << 20)
 	r := &reopenable{t: t, opt: Options{Dir: t.TempDir(), MinFree: 64 << 20}}
-	r.opt.space = func(string) (int64, int64, error) { return free.Load(), 10 << 30, nil }
+	r.opt.Space = func(string) (int64, int64, error) { return free.Load(), 10 << 30, nil }
 	r.open()
 	free.Store(1 << 20)
 	wrote, appended := make(chan error, 1), make(chan error, 1)

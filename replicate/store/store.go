@@ -58,8 +58,10 @@ type Options struct {
 	// OnFatal is called once, on a goroutine of its own, when the store must not be used any more.
 	OnFatal func(error)
 
-	space func(dir string) (free, total int64, err error) // instead of statfs, in tests
-	hook  func(point string)                              // told what a restore has done, in tests
+	// Space gives the free bytes under dir and the filesystem's size; nil asks the filesystem.
+	Space func(dir string) (free, total int64, err error)
+
+	hook func(point string) // told what a restore has done, in tests
 }
 
 func (s *Store) reached(point string) {

@@ -1,0 +1,58 @@
+package coordinator
+
+import (
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/twmb/franz-go/pkg/kmsg"
+)
+
+// While there is no room on disk, whatever might write is refused at once with an error that clients retry; what reads
+// is answered, nobody's session expires, and once there is room all goes on by itself.
+func TestAFullDiskRefusesWhatWritesAndNothingElse(t *testing.T) {
+	bubble(t, &onlyOrders{}, func(c *Coordinator, h *hand) {
+		s := newSession(c, 1)
+		heartbeat := joined(t, s, h)
+		commit := func(offset int64) kmsg.Request {
+			r := commit("orders", offset).(*kmsg.OffsetCommitRequest)
+			r.Generation, r.MemberID = heartbeat.Generation, heartbeat.MemberID
+			return r
+		}
+		kept := s.submit(commit(7))
+		h.applied(h.mustTake())
+		kept.is(t, "NONE")
+		h.full.Store(true)
+		time.Sleep(time.Second)
+		quiet := func() {
+			t.Helper()
+			if e, offered := h.take(); offered {
+				t.Errorf("an entry of %d records was offered", len(e.Records))
+			}
+		}
+		for range 3 {
+			s.submit(commit(8)).is(t, "COORDINATOR_NOT_AVAILABLE")
+			s.submit(fetch()).is(t, "7")
+			s.submit(heartbeat).is(t, "NONE")
+			quiet()
+			time.Sleep(9 * time.Second)
+		}
+		time.Sleep(time.Minute) // no heartbeat for so long
+		quiet()
+		h.full.Store(false)
+		time.Sleep(2 * time.Second)
+		quiet()
+		if now := c.Status(); !now.Active || now.Term != 1 || len(h.resignations()) > 0 {
+			t.Errorf("%+v", now)
+		}
+		s.submit(heartbeat).is(t, "NONE")
+		taken := s.submit(commit(9))
+		h.applied(h.mustTake())
+		taken.is(t, "NONE")
+		s.submit(fetch()).is(t, "9")
+		time.Sleep(11 * time.Second) // and sessions expire again
+		h.applied(h.mustTake())
+		s.submit(heartbeat).is(t, "UNKNOWN_MEMBER_ID")
+		synctest.Wait()
+	})
+}
