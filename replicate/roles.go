@@ -43,7 +43,7 @@ const (
 	promoteInterval = 200 * time.Millisecond
 	rolesTick       = time.Second
 	enqueueTimeout  = 2 * time.Second // for a change that waits for the one before
-	vetTimeout      = time.Second     // for a node to answer before it gets a role
+	vetTimeout      = 2 * time.Second // for a node to answer before it gets a role
 )
 
 // roles keeps the voters and standbys of a cluster while this node leads it.
