@@ -58,6 +58,17 @@ func TestErrorsHaveTheShapeOfTheirApi(t *testing.T) {
 	}
 }
 
+// Without partitions, too: Kafka's OffsetCommitResponse.Builder merges as soon as it is told of an unknown topic.
+func TestAnUnknownTopicIsAnsweredOnce(t *testing.T) {
+	w := newWorld(t, scriptConfig())
+	req := commitOf("g", "nope", 0)
+	req.Topics = []kmsg.OffsetCommitRequestTopic{{Topic: "nope"}, {Topic: "nope"}}
+	e := w.step("c1", "commit", req, 0)
+	if got := e.Replies[0].Response.(*kmsg.OffsetCommitResponse).Topics; len(got) != 1 {
+		t.Errorf("%+v", got)
+	}
+}
+
 func TestUnknownTopicsAreThoseToAskFor(t *testing.T) {
 	topics := topicTable{}
 	topics.add("orders", 3, 1)

@@ -97,6 +97,7 @@ func (s *State) commitOffsets(in *Input, req *kmsg.OffsetCommitRequest) {
 			found = in.topicByName(t.Topic)
 		}
 		topics = append(topics, found)
+		refused = refused || found.code != 0 // also without partitions
 		rt := kmsg.OffsetCommitResponseTopic{Topic: t.Topic, TopicID: t.TopicID}
 		rt.Partitions = make([]kmsg.OffsetCommitResponseTopicPartition, len(t.Partitions))
 		for j := range t.Partitions {
@@ -104,7 +105,6 @@ func (s *State) commitOffsets(in *Input, req *kmsg.OffsetCommitRequest) {
 			rt.Partitions[j] = kmsg.OffsetCommitResponseTopicPartition{Partition: p.Partition, ErrorCode: found.code}
 			switch {
 			case found.code != 0:
-				refused = true
 			case !found.has(p.Partition):
 				rt.Partitions[j].ErrorCode, refused = errUnknownPartition, true
 			default:
