@@ -58,14 +58,18 @@ func TestErrorsHaveTheShapeOfTheirApi(t *testing.T) {
 	}
 }
 
-// Without partitions, too: Kafka's OffsetCommitResponse.Builder merges as soon as it is told of an unknown topic.
-func TestAnUnknownTopicIsAnsweredOnce(t *testing.T) {
+// As Kafka's OffsetCommitResponse.Builder has it: an unknown topic is there once, a known one not at all.
+func TestTopicsWithoutPartitionsInACommit(t *testing.T) {
 	w := newWorld(t, scriptConfig())
-	req := commitOf("g", "nope", 0)
-	req.Topics = []kmsg.OffsetCommitRequestTopic{{Topic: "nope"}, {Topic: "nope"}}
-	e := w.step("c1", "commit", req, 0)
-	if got := e.Replies[0].Response.(*kmsg.OffsetCommitResponse).Topics; len(got) != 1 {
-		t.Errorf("%+v", got)
+	req := commitOf("g", "orders", 0)
+	req.Topics[0].Partitions = slices.Repeat(req.Topics[0].Partitions, 3)
+	for empty, want := range map[string]int{"nope": 2, "payments": 1} {
+		with := *req
+		with.Topics = append([]kmsg.OffsetCommitRequestTopic{{Topic: empty}, {Topic: empty}}, req.Topics...)
+		e := w.step("c1", "commit", &with, 0)
+		if got := e.Replies[0].Response.(*kmsg.OffsetCommitResponse).Topics; len(got) != want {
+			t.Errorf("%s: %+v", empty, got)
+		}
 	}
 }
 

@@ -83,7 +83,7 @@ func (s *State) commitOffsets(in *Input, req *kmsg.OffsetCommitRequest) {
 	resp.Topics = make([]kmsg.OffsetCommitResponseTopic, 0, len(req.Topics))
 	var few [4]topicOf
 	topics := few[:0]
-	left, refused := 0, false
+	left, refused, empty := 0, false, false
 	byID := (*group)(nil)
 	if req.Version >= 10 {
 		byID = s.groups[req.Group]
@@ -98,6 +98,7 @@ func (s *State) commitOffsets(in *Input, req *kmsg.OffsetCommitRequest) {
 		}
 		topics = append(topics, found)
 		refused = refused || found.code != 0 // also without partitions
+		empty = empty || len(t.Partitions) == 0
 		rt := kmsg.OffsetCommitResponseTopic{Topic: t.Topic, TopicID: t.TopicID}
 		rt.Partitions = make([]kmsg.OffsetCommitResponseTopicPartition, len(t.Partitions))
 		for j := range t.Partitions {
@@ -116,7 +117,7 @@ func (s *State) commitOffsets(in *Input, req *kmsg.OffsetCommitRequest) {
 	if left > 0 {
 		s.commitLeft(in, req, resp, topics, left)
 	}
-	if refused || len(topics) > left {
+	if refused || empty {
 		resp.Topics = mergeCommitted(resp.Topics, topics, refused)
 	}
 	s.reply(in.Call, resp)
