@@ -19,7 +19,7 @@ const (
 	aliveEvery  = time.Second     // the voter's side says at least that much
 	silentAfter = 5 * time.Second // the other side then dials again
 	backoffMin  = 50 * time.Millisecond
-	backoffMax  = time.Second
+	backoffMax  = 250 * time.Millisecond // a voter that comes back may be active as soon
 )
 
 // facts are what a sidecar says of itself when it is asked.
@@ -264,6 +264,7 @@ type voterStream struct {
 	again  chan struct{} // do not wait any longer
 	addr   string        // the last one dialled; status.mu
 	abort  func()        // ends that dial or stream; status.mu
+	up     bool          // there is a stream; status.mu
 }
 
 // setVoters says to whom a stream is kept. It is to be called again when an address may have changed: a voter that has
@@ -287,8 +288,11 @@ func (s *status) setVoters(nodes []string) {
 			delete(s.voters, node)
 			continue
 		}
-		if addr != v.addr && addr != "" {
+		moved := addr != v.addr && addr != ""
+		if moved {
 			v.abort()
+		}
+		if moved || !v.up { // what has changed may be that it is there again
 			select {
 			case v.again <- struct{}{}:
 			default:
@@ -326,7 +330,7 @@ func (s *status) follow(ctx context.Context, v *voterStream) {
 		}
 		if !told && time.Since(lost) > silentAfter {
 			told = true
-			s.log.Warn("no status stream to a voter: if it becomes active, this is noticed late; trying again every second", "voter", v.node, "err", err)
+			s.log.Warn("no status stream to a voter: if it becomes active, this is noticed late; trying on", "voter", v.node, "err", err)
 		}
 		if time.Since(began) > backoffMax {
 			wait = 0
@@ -345,6 +349,12 @@ func (s *status) follow(ctx context.Context, v *voterStream) {
 	}
 }
 
+func (s *status) isUp(v *voterStream, up bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	v.up = up
+}
+
 // listen dials a voter and takes what it says until the stream ends.
 func (s *status) listen(ctx context.Context, v *voterStream, connected func()) error {
 	addr, _ := s.port.config.resolve(v.node)
@@ -359,6 +369,8 @@ func (s *status) listen(ctx context.Context, v *voterStream, connected func()) e
 	}
 	defer conn.Close()
 	defer context.AfterFunc(attempt, func() { _ = conn.Close() })()
+	s.isUp(v, true)
+	defer s.isUp(v, false)
 	connected()
 	for r := newMessageReader(conn); ; {
 		_ = conn.SetReadDeadline(time.Now().Add(silentAfter))

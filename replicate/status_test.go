@@ -169,7 +169,7 @@ func TestOneThatCameBackIsNotActive(t *testing.T) {
 		if !strings.Contains(f.testPeer.log.String(), "no status stream to a voter") || strings.Count(f.testPeer.log.String(), "\n") != 1 {
 			t.Errorf("log:\n%s", f.testPeer.log)
 		}
-		if dials := f.metrics.Value(tracing.PeerDials); dials < 55 || dials > 150 {
+		if dials := f.metrics.Value(tracing.PeerDials); dials < 230 || dials > 500 {
 			t.Errorf("%d dials in a minute", dials)
 		}
 		again := n.open(func(c *peerConfig, id *peerIdentity) { c.bind, *id = a.config.bind, a.id })
