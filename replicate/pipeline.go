@@ -150,7 +150,8 @@ func (p *pipeline) goAhead() {
 			p.sending <- struct{}{}
 			if args.Term == p.term && args.PrevLogEntry == p.last && (p.t.faults == nil || p.t.faults.request(p.id) > 0) {
 				if err := p.send(args, new(raft.AppendEntriesResponse), nil); err != nil {
-					p.broken(args.Term, err) // raft will find it out by its next request
+					p.refuse(new(raft.AppendEntriesResponse)) // nobody will answer
+					p.broken(args.Term, err)
 				}
 			}
 			<-p.sending
@@ -220,6 +221,16 @@ func (p *pipeline) answered(f raft.AppendFuture) {
 	case s.of == nil && p.refused == nil:
 		p.refused = resp
 	}
+}
+
+// refuse fails the calls whose entries went ahead, and have not been accepted.
+func (p *pipeline) refuse(resp *raft.AppendEntriesResponse) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.refused == nil {
+		p.refused = resp
+	}
+	p.nudge()
 }
 
 // next is the first call of raft's, if it is complete.
