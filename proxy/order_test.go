@@ -119,7 +119,7 @@ func randomRequest(rng *rand.Rand, id int32) ([]byte, *expected) {
 		body := append([]byte{0, 0}, random([]int{20, 20, 100000}[rng.IntN(3)])...)
 		return frame(0, 0, id, append(body, 0xac, 0)), nil
 	case 3: // acks 1
-		body := append([]byte{0, 1}, random(200)...)
+		body := append(append([]byte{0, 1}, random(200)...), 0xac, 1) // not the end by which handle knows acks 0
 		return frame(0, 0, id, body), &expected{id, body}
 	case 4:
 		return known(heartbeat("m"))
