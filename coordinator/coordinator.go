@@ -320,21 +320,23 @@ func (c *Coordinator) step(r *Request, acceptUnknownTopics bool) {
 		return
 	}
 	now := time.Now()
-	if mayWrite(r.Body) && c.diskIsFull(now) {
-		r.Done(group.ErrorResponse(r.Body, TimeoutCode(r.Body)), nil)
-		return
-	}
 	c.lastCall++
 	call := c.lastCall
-	c.calls[call] = r
 	in := group.Input{
 		Call: call, Request: r.Body, Client: r.Client, Topics: c.topics, AcceptUnknownTopics: acceptUnknownTopics,
 	}
+	c.calls[call] = r
 	if _, join := r.Body.(*kmsg.JoinGroupRequest); join {
 		in.NewID = uuid.NewString()
 	}
-	c.metrics.Add(tracing.Steps, 1)
-	err := c.guard(func() { c.perform(now, call, c.state.Step(now, in)) })
+	err := c.guard(func() {
+		if c.diskIsFull(now) && c.state.MayWrite(&in) {
+			c.refuse(call)
+			return
+		}
+		c.metrics.Add(tracing.Steps, 1)
+		c.perform(now, call, c.state.Step(now, in))
+	})
 	if err == nil {
 		return
 	}
@@ -342,15 +344,6 @@ func (c *Coordinator) step(r *Request, acceptUnknownTopics bool) {
 	delete(c.calls, call)
 	c.breakDown(err)
 	r.Done(group.ErrorResponse(r.Body, kerr.UnknownServerError.Code), nil)
-}
-
-// mayWrite says whether a request may yield records.
-func mayWrite(req kmsg.Request) bool {
-	switch req.(type) {
-	case *kmsg.HeartbeatRequest, *kmsg.OffsetFetchRequest, *kmsg.ListGroupsRequest, *kmsg.DescribeGroupsRequest:
-		return false
-	}
-	return true
 }
 
 // diskIsFull says whether there is no room for what a Step might write. An entry that cannot be stored ends the term and
@@ -494,10 +487,15 @@ func (c *Coordinator) handleTimer() {
 func (c *Coordinator) expireHeld(now time.Time) {
 	for _, h := range c.activation.expired(now) {
 		c.metrics.Add(tracing.CommitTimeouts, 1)
-		if r, live := c.calls[h.reply.Call]; live {
-			delete(c.calls, h.reply.Call)
-			r.Done(group.ErrorResponse(r.Body, TimeoutCode(r.Body)), nil)
-		}
+		c.refuse(h.reply.Call)
+	}
+}
+
+// refuse answers a request, if that has not been done, with an error that makes its client try again.
+func (c *Coordinator) refuse(call uint64) {
+	if r, live := c.calls[call]; live {
+		delete(c.calls, call)
+		r.Done(group.ErrorResponse(r.Body, TimeoutCode(r.Body)), nil)
 	}
 }
 

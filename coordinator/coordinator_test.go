@@ -449,14 +449,19 @@ func TestAnUnknownTopicIsRefusedUnlessTheUpstreamIsDown(t *testing.T) {
 	})
 }
 
+// join is the JoinGroup of a new member.
+func join() kmsg.Request {
+	r := kmsg.NewPtrJoinGroupRequest()
+	r.Version, r.Group, r.ProtocolType = 3, "g", "consumer"
+	r.SessionTimeoutMillis, r.RebalanceTimeoutMillis = 10_000, 60_000
+	r.Protocols = []kmsg.JoinGroupRequestProtocol{{Name: "range"}}
+	return r
+}
+
 // joined makes a Stable group of one member with a session time-out of 10 s, and gives its heartbeat.
 func joined(t *testing.T, s *session, h *hand) *kmsg.HeartbeatRequest {
 	t.Helper()
-	join := kmsg.NewPtrJoinGroupRequest()
-	join.Version, join.Group, join.ProtocolType = 3, "g", "consumer"
-	join.SessionTimeoutMillis, join.RebalanceTimeoutMillis = 10_000, 60_000
-	join.Protocols = []kmsg.JoinGroupRequestProtocol{{Name: "range"}}
-	answer := s.submit(join)
+	answer := s.submit(join())
 	h.applied(h.mustTake())
 	answer.is(t, "NONE generation 1")
 	member := answer.response.(*kmsg.JoinGroupResponse).MemberID

@@ -16,8 +16,8 @@
 // the next activation answers from the session's record. An activation that ends while raft still leads is never resumed
 // in that term (Leadership.Resign).
 //
-// While there is no room on disk (Leadership.Full), nothing is executed that may yield records: such requests are refused
-// at once with an error that clients retry, timers stand still, and whatever only reads is answered.
+// While there is no room on disk (Leadership.Full), nothing is executed that may yield records (group.State.MayWrite):
+// such requests are refused at once with an error that clients retry, timers stand still, and the others are answered.
 //
 // What it does not do: sockets and frames (proxy), who is leader (replicate), what a request means (coordinator/group).
 package coordinator

@@ -8,7 +8,7 @@ import (
 	"github.com/twmb/franz-go/pkg/kmsg"
 )
 
-// While there is no room on disk, whatever might write is refused at once with an error that clients retry; what reads
+// While there is no room on disk, whatever might write is refused at once with an error that clients retry; what does not
 // is answered, nobody's session expires, and once there is room all goes on by itself.
 func TestAFullDiskRefusesWhatWritesAndNothingElse(t *testing.T) {
 	bubble(t, &onlyOrders{}, func(c *Coordinator, h *hand) {
@@ -19,7 +19,10 @@ func TestAFullDiskRefusesWhatWritesAndNothingElse(t *testing.T) {
 			r.Generation, r.MemberID = heartbeat.Generation, heartbeat.MemberID
 			return r
 		}
+		sync := kmsg.NewPtrSyncGroupRequest() // sent again: the group is stable
+		sync.Version, sync.Group, sync.Generation, sync.MemberID = 3, "g", heartbeat.Generation, heartbeat.MemberID
 		kept := s.submit(commit(7))
+		first := s.ordinal
 		h.applied(h.mustTake())
 		kept.is(t, "NONE")
 		h.full.Store(true)
@@ -34,6 +37,9 @@ func TestAFullDiskRefusesWhatWritesAndNothingElse(t *testing.T) {
 			s.submit(commit(8)).is(t, "COORDINATOR_NOT_AVAILABLE")
 			s.submit(fetch()).is(t, "7")
 			s.submit(heartbeat).is(t, "NONE")
+			s.submit(sync).is(t, "NONE")
+			s.resubmit(commit(7), first).is(t, "NONE")
+			newSession(c, 2).submit(join()).is(t, "COORDINATOR_NOT_AVAILABLE generation -1")
 			quiet()
 			time.Sleep(9 * time.Second)
 		}

@@ -19,6 +19,7 @@ import (
 //   - a Tick before Deadline does nothing;
 //   - a request is answered once, or parked in one place;
 //   - a request that is sent again yields nothing if it has yielded something before;
+//   - what may not write, by MayWrite, yields nothing;
 //   - a generation is told once, and to members that know the same round.
 //
 // A failure prints the seed's script, which TestScripts can run.

@@ -54,6 +54,22 @@ func noted(req kmsg.Request) bool {
 	return false
 }
 
+// MayWrite says whether a Step of this request, now, could yield records. While nothing can be replicated the others are
+// executed all the same: those that only read, those that are answered as what they yielded before, and a SyncGroup that
+// is told its assignment or waits for it. Not so a JoinGroup that would yield none: it may begin a rebalance, which could
+// not end.
+func (s *State) MayWrite(in *Input) bool {
+	switch req := in.Request.(type) {
+	case *kmsg.JoinGroupRequest:
+		return true
+	case *kmsg.SyncGroupRequest:
+		g := s.find(req.Group)
+		return g != nil && g.view().state == completingRebalance && g.live.leader == req.MemberID
+	}
+	again, overtaken := s.recall(&in.Client)
+	return noted(in.Request) && !again && !overtaken
+}
+
 // Tick does what time has come for. A Tick before Deadline does nothing. What it arms for now is for the next one:
 // requests come first, and no timer can keep a Tick from ending.
 func (s *State) Tick(now time.Time) Effects {

@@ -92,9 +92,15 @@ func (w *world) step(conn, name string, req kmsg.Request, ordinal uint64) Effect
 	}
 	c := Client{ID: conn, Host: "/127.0.0.1", Ordinal: ordinal}
 	copy(c.Session[:], conn)
-	return w.took(w.state.Step(w.now, Input{
+	in := Input{
 		Call: w.calls, Request: req, Client: c, NewID: fmt.Sprint(w.ids), Topics: w.topics, AcceptUnknownTopics: w.blind,
-	}))
+	}
+	may := w.state.MayWrite(&in)
+	e := w.state.Step(w.now, in)
+	if !may && len(e.Records) > 0 {
+		w.t.Fatalf("%T yielded records, which MayWrite had ruled out", req)
+	}
+	return w.took(e)
 }
 
 // took notes what was yielded and checks the laws.
