@@ -239,6 +239,7 @@ func (c *Coordinator) activate(term uint64) {
 	now := time.Now()
 	c.activation = &activation{term: term, began: now}
 	c.beat = now.Add(beatEvery)
+	c.full, c.fullAsked = false, time.Time{} // what an earlier activation knew of the disk is old
 	if err := c.guard(func() { c.perform(now, 0, c.state.Activate(now, term)) }); err != nil {
 		c.breakDown(err)
 		return

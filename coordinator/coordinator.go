@@ -26,6 +26,7 @@ const (
 	blindTime   = 5 * time.Second // after the upstream could not be asked, topics are taken on trust for so long
 
 	fullEvery = 5 * time.Millisecond // how often it is asked whether the disk is full
+	fullFor   = time.Second          // for so long after it was found full it counts as full: it may hover at the limit
 
 	fenceRetry = 50 * time.Millisecond // between read fences that fail, though the term goes on
 
@@ -86,9 +87,10 @@ type Coordinator struct {
 	lastLookup uint64
 	blindUntil time.Time // the upstream could not be asked a moment ago
 	beat       time.Time // when the loop must be awake again; set while active
-	full       bool      // the disk was, when it was asked last: nothing is executed that might write
-	fullAsked  time.Time
-	failure    error // the state can neither be trusted nor rebuilt: the loop ends
+	full       bool      // the disk is: nothing is executed that may write
+	fullAsked  time.Time // when the disk was asked last
+	foundFull  time.Time // when it was last found full
+	failure    error     // the state can neither be trusted nor rebuilt: the loop ends
 
 	resign      uint64    // a term to resign from
 	resignAt    time.Time // and when
@@ -353,12 +355,15 @@ func (c *Coordinator) diskIsFull(now time.Time) bool {
 	if now.Sub(c.fullAsked) < fullEvery {
 		return c.full
 	}
-	was := c.full
-	c.full, c.fullAsked = c.leader.Full(), now
-	switch {
-	case c.full && !was:
-		c.logger.Error("there is no room on disk: what changes groups and offsets is refused until there is")
-	case was && !c.full:
+	c.fullAsked = now
+	switch full := c.leader.Full(); {
+	case full:
+		if !c.full {
+			c.logger.Error("there is no room on disk: what changes groups and offsets is refused until there is")
+		}
+		c.full, c.foundFull = true, now
+	case c.full && now.Sub(c.foundFull) >= fullFor:
+		c.full = false
 		c.logger.Info("there is room on disk again")
 		c.state.Rearm(now)
 	}

@@ -5,6 +5,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/offset-sidecar/offset-sidecar/replicate"
 	"github.com/twmb/franz-go/pkg/kmsg"
 )
 
@@ -60,5 +61,34 @@ func TestAFullDiskRefusesWhatWritesAndNothingElse(t *testing.T) {
 		h.applied(h.mustTake())
 		s.submit(heartbeat).is(t, "UNKNOWN_MEMBER_ID")
 		synctest.Wait()
+	})
+}
+
+// A disk that hovers at its limit is full: what is refused does not change from one request to the next.
+func TestADiskAtItsLimitIsFull(t *testing.T) {
+	bubble(t, &onlyOrders{}, func(c *Coordinator, h *hand) {
+		s := newSession(c, 1)
+		for range 20 {
+			h.full.Store(true)
+			time.Sleep(100 * time.Millisecond)
+			s.submit(commit("orders", 7)).is(t, "COORDINATOR_NOT_AVAILABLE")
+			h.full.Store(false)
+			time.Sleep(fullFor - 10*time.Millisecond)
+			s.submit(commit("orders", 8)).is(t, "COORDINATOR_NOT_AVAILABLE")
+		}
+		time.Sleep(10 * time.Millisecond)
+		taken := s.submit(commit("orders", 9))
+		h.applied(h.mustTake())
+		taken.is(t, "NONE")
+		// What an earlier activation has found is old.
+		h.full.Store(true)
+		time.Sleep(10 * time.Millisecond)
+		s.submit(commit("orders", 10)).is(t, "COORDINATOR_NOT_AVAILABLE")
+		h.event(replicate.Event{Kind: replicate.Inactive, Term: 1})
+		h.full.Store(false)
+		h.event(replicate.Event{Kind: replicate.Active, Term: 2})
+		taken = s.submit(commit("orders", 11))
+		h.applied(h.mustTake())
+		taken.is(t, "NONE")
 	})
 }
