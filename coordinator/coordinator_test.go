@@ -56,11 +56,13 @@ func (h *hand) Latest(yield func(replicate.Record) error) error {
 	return nil
 }
 func (h *hand) Fence(_ uint64, done func(error)) {
-	if h.hold {
-		h.fences = append(h.fences, done)
+	if !h.hold {
+		done(nil)
 		return
 	}
-	done(nil)
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.fences = append(h.fences, done)
 }
 
 // take is the entry offered now; nothing is, if ok is false.
@@ -275,10 +277,10 @@ func TestFetchWaitsForAFenceThatBeganAfterIt(t *testing.T) {
 		synctest.Wait()
 		second := s.submit(fetch())
 		second.is(t, "parked")
-		h.fences[0](nil)
+		h.underWay()[0](nil)
 		first.is(t, "-1")
 		second.is(t, "parked")
-		h.fences[1](nil)
+		h.underWay()[1](nil)
 		second.is(t, "-1")
 	})
 }
@@ -298,6 +300,60 @@ func TestRequestsThatComeMeanwhileShareAnEntry(t *testing.T) {
 		if _, more := h.take(); more {
 			t.Error("a second entry was offered")
 		}
+	})
+}
+
+// Those whom an entry has answered share the next one with those who wait already, if they come back in time.
+func TestACrowdIsWaitedFor(t *testing.T) {
+	bubble(t, &onlyOrders{}, func(c *Coordinator, h *hand) {
+		s := newSession(c, 1)
+		send := func(n int) {
+			for range n {
+				s.submit(commit("orders", 1))
+			}
+			synctest.Wait()
+		}
+		// One round: the first half is in flight for 1 ms, the second half comes meanwhile.
+		round := func() (half int) {
+			h.applied(h.mustTake()) // the first request, alone
+			send(lingerCrowd)
+			first := h.mustTake()
+			send(lingerCrowd)
+			time.Sleep(time.Millisecond)
+			h.applied(first)
+			if _, ok := h.take(); ok {
+				t.Fatal("the second half was offered before the first could come back")
+			}
+			return len(first.Records)
+		}
+		send(1)
+		half := round()
+		send(lingerCrowd)
+		e := h.mustTake()
+		if len(e.Records) <= half {
+			t.Errorf("the entry has %d records, want those of both halves", len(e.Records))
+		}
+		h.applied(e)
+
+		send(1)
+		half = round() // nobody comes back
+		time.Sleep(time.Millisecond/2 + time.Microsecond)
+		if e := h.mustTake(); len(e.Records) > half {
+			t.Errorf("the entry has %d records, want those of one half", len(e.Records))
+		}
+	})
+}
+
+// A few clients are not made to wait for each other.
+func TestAFewAreNotWaitedFor(t *testing.T) {
+	bubble(t, &onlyOrders{}, func(c *Coordinator, h *hand) {
+		s := newSession(c, 1)
+		s.submit(commit("orders", 1))
+		first := h.mustTake()
+		s.submit(commit("orders", 2))
+		time.Sleep(time.Second)
+		h.applied(first)
+		h.mustTake()
 	})
 }
 

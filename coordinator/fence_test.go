@@ -13,21 +13,29 @@ import (
 // fenced ends the oldest fence under way.
 func (h *hand) fenced(err error) {
 	h.t.Helper()
-	synctest.Wait()
-	if len(h.fences) == 0 {
+	done := h.underWay()
+	if len(done) == 0 {
 		h.t.Fatal("no fence is under way")
 	}
-	done := h.fences[0]
+	h.mu.Lock()
 	h.fences = h.fences[1:]
-	done(err)
+	h.mu.Unlock()
+	done[0](err)
 	synctest.Wait()
+}
+
+// underWay are the fences that have begun and not ended.
+func (h *hand) underWay() []func(error) {
+	synctest.Wait()
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.fences
 }
 
 // noFence checks that none is under way.
 func (h *hand) noFence() {
 	h.t.Helper()
-	synctest.Wait()
-	if len(h.fences) > 0 {
+	if len(h.underWay()) > 0 {
 		h.t.Error("a fence is under way")
 	}
 }
