@@ -21,10 +21,11 @@ func (r nodeRole) String() string { return [...]string{RoleForwarder, RoleStandb
 
 // roleNode is all that is known of one node: raft's configuration, gossip and health put together.
 type roleNode struct {
-	id    string
-	role  nodeRole
-	state gossipState // 0: gossip does not know it
-	since time.Time   // of state, as far as this leader knows
+	id      string
+	process string // what gossip calls this run of it
+	role    nodeRole
+	state   gossipState // 0: gossip does not know it
+	since   time.Time   // of state, as far as this leader knows
 
 	contact      bool      // it has answered raft within the last second
 	contactSince time.Time // contact has been what it is since
@@ -33,7 +34,8 @@ type roleNode struct {
 	match        uint64    // of our log, what it has
 
 	zone, machine, version string
-	barred                 bool // it could not be reached as a standby, or did not answer when it was to become one
+	barred                 bool          // it could not be reached as a standby, or did not answer when it was to become one
+	silence                time.Duration // how long it was barred when it last did not answer; 0: it did, or was not asked
 }
 
 // roleView is what plan looks at: every node of the configuration and of gossip, once.
@@ -56,7 +58,7 @@ type roleTiming struct {
 	patience    time.Duration // how long a leaver is kept for its replacement
 	unreached   time.Duration // how long a server that gossip calls alive may be out of contact
 	barred      time.Duration // how long a standby that could not be reached is not tried again
-	unanswered  time.Duration // the same for a forwarder that did not answer when it was wanted
+	unanswered  time.Duration // the same for a forwarder that did not answer when it was wanted, doubling up to barred
 }
 
 // In a fresh cluster nothing but the standbys' catching up is waited for.
@@ -94,9 +96,9 @@ type roleChange struct {
 	kind changeKind
 	id   string
 	why  string
-	// newcomer is the forwarder in whose favour the change is; "": none. That gossip names it says little: it has to
+	// newcomer is the forwarder in whose favour the change is, if there is one. That gossip names it says little: it has to
 	// answer first.
-	newcomer string
+	newcomer roleNode
 }
 
 // unreached says that gossip thinks well of a server, but raft has not heard of it for too long.
@@ -267,7 +269,7 @@ func (v *roleView) planStandbyGone() roleChange {
 		case v.going(n):
 			return roleChange{kind: removeServer, id: n.id, why: "a standby leaves"}
 		case v.unreached(n) && len(idle) > 0:
-			return roleChange{kind: removeServer, id: n.id, why: "a standby cannot be reached", newcomer: slices.MinFunc(idle, v.preference).id}
+			return roleChange{kind: removeServer, id: n.id, why: "a standby cannot be reached", newcomer: slices.MinFunc(idle, v.audience)}
 		case v.live(n):
 		case n.state == 0 && v.age(n.since) >= v.timing.absent:
 			return roleChange{kind: removeServer, id: n.id, why: "a standby is unknown"}
@@ -380,8 +382,8 @@ func (v *roleView) planStandbys() roleChange {
 		return roleChange{}
 	}
 	if idle := v.idle(); len(idle) > 0 {
-		best := slices.MinFunc(idle, v.preference).id
-		return roleChange{kind: addStandby, id: best, why: "a standby is wanted", newcomer: best}
+		best := slices.MinFunc(idle, v.audience)
+		return roleChange{kind: addStandby, id: best.id, why: "a standby is wanted", newcomer: best}
 	}
 	return roleChange{}
 }
@@ -409,11 +411,10 @@ func (v *roleView) planSpread() roleChange {
 	if len(standbys) < maxStandbys || slices.ContainsFunc(standbys, func(n roleNode) bool { return v.improves(voters, n) }) {
 		return roleChange{}
 	}
-	for _, n := range v.idle() {
-		if v.age(n.since) >= v.timing.stable && v.improves(voters, n) {
-			worst := slices.MaxFunc(standbys, v.preference)
-			return roleChange{kind: removeServer, id: worst.id, why: "a standby of another zone or machine is wanted", newcomer: n.id}
-		}
+	idle := slices.DeleteFunc(v.idle(), func(n roleNode) bool { return v.age(n.since) < v.timing.stable || !v.improves(voters, n) })
+	if len(idle) > 0 {
+		worst := slices.MaxFunc(standbys, v.preference)
+		return roleChange{kind: removeServer, id: worst.id, why: "a standby of another zone or machine is wanted", newcomer: slices.MinFunc(idle, v.audience)}
 	}
 	return roleChange{}
 }
@@ -454,6 +455,12 @@ func (v *roleView) preference(a, b roleNode) int {
 	voters := v.which(voter, v.staying)
 	return cmp.Or(spreadOf(append(without(voters, b.id), b)).compare(spreadOf(append(without(voters, a.id), a))),
 		compareVersions(b.version, a.version), a.since.Compare(b.since), cmp.Compare(a.id, b.id))
+}
+
+// audience orders forwarders that may become standbys: whoever was not silent yet is asked before those who were, or a zone
+// that cannot be reached would keep all others waiting.
+func (v *roleView) audience(a, b roleNode) int {
+	return cmp.Or(cmp.Compare(a.silence, b.silence), v.preference(a, b))
 }
 
 // spread is over how many zones, and then machines, nodes are spread.

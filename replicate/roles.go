@@ -58,7 +58,7 @@ type roles struct {
 
 	mu      sync.Mutex // held from planning a change until raft has committed it
 	seen    map[string]sighting
-	barred  map[string]time.Time
+	bars    map[string]bar
 	started time.Time
 	handed  int // attempts to hand leadership over that failed
 }
@@ -68,6 +68,13 @@ type sighting struct {
 	contact bool
 	since   time.Time // of contact
 	absent  time.Time // gossip does not know it since; zero: it does
+}
+
+// bar keeps a node out for a while.
+type bar struct {
+	process string // of the node; one that is started again begins anew
+	until   time.Time
+	silence time.Duration // of a process that did not answer: how long it was barred for that, doubling
 }
 
 var errNotPlanned = errors.New("the roles' plan has changed")
@@ -85,7 +92,7 @@ func newRoles(c rolesConfig) *roles {
 // fail and nothing happens.
 func (r *roles) reconcileRoles(ctx context.Context) {
 	r.mu.Lock()
-	r.seen, r.barred, r.started, r.handed = map[string]sighting{}, map[string]time.Time{}, time.Now(), 0
+	r.seen, r.bars, r.started, r.handed = map[string]sighting{}, map[string]bar{}, time.Now(), 0
 	r.mu.Unlock()
 	r.health.Store(nil)
 	pilot := autopilot.New(pilotRaft{r}, pilotHost{r}, autopilot.WithPromoter(promoter{r}), autopilot.WithLogger(hclog.NewNullLogger()),
@@ -101,7 +108,7 @@ func (r *roles) reconcileRoles(ctx context.Context) {
 			if c.kind != addStandby && c.kind != removeServer {
 				break
 			}
-			if c.newcomer != "" && !r.vetted(ctx, c.newcomer) {
+			if c.newcomer.id != "" && !r.vetted(ctx, c.newcomer) {
 				continue // without it
 			}
 			if err := r.carryOut(c.kind, c.id); err != nil {
@@ -119,16 +126,20 @@ func (r *roles) reconcileRoles(ctx context.Context) {
 }
 
 // vetted says whether a node that gossip names answers. Whoever can speak in gossip can name anybody; and a standby that
-// cannot be reached has no copy, but another's place.
-func (r *roles) vetted(ctx context.Context, id string) bool {
+// cannot be reached has no copy, but another's place. Others wait while one is asked, so who stays silent is asked ever
+// less often.
+func (r *roles) vetted(ctx context.Context, n roleNode) bool {
 	asking, cancel := context.WithTimeout(ctx, vetTimeout)
 	defer cancel()
-	err := r.answers(asking, id)
-	if err != nil && ctx.Err() == nil {
-		r.log.Debug("a sidecar that gossip names does not answer, and gets no role", "node", id, "err", err)
-		r.mu.Lock()
-		r.barred[id] = time.Now().Add(r.timing.unanswered)
-		r.mu.Unlock()
+	err := r.answers(asking, n.id)
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if err == nil {
+		delete(r.bars, n.id)
+	} else if ctx.Err() == nil {
+		r.log.Debug("a sidecar that gossip names does not answer, and gets no role", "node", n.id, "err", err)
+		silence := min(max(2*n.silence, r.timing.unanswered), r.timing.barred)
+		r.bars[n.id] = bar{process: n.process, until: time.Now().Add(silence), silence: silence}
 	}
 	return err == nil
 }
@@ -178,7 +189,7 @@ func (r *roles) carryOut(kind changeKind, id string) error {
 		r.seen[id] = sighting{since: now}
 	case removeServer:
 		if n, _ := v.find(id); v.unreached(n) {
-			r.barred[id] = now.Add(r.timing.barred)
+			r.bars[id] = bar{process: n.process, until: now.Add(r.timing.barred)}
 		}
 	}
 	select {
@@ -204,8 +215,11 @@ func (r *roles) observe(now time.Time) (index uint64, v roleView) {
 	}
 	for _, m := range r.members() {
 		n := roleNode{
-			id: m.ID, state: m.State, since: m.Since, zone: m.Tags[tagZone], machine: m.Tags[tagMachine], version: m.Tags[tagVersion],
-			barred: now.Before(r.barred[m.ID]),
+			id: m.ID, process: m.Name, state: m.State, since: m.Since,
+			zone: m.Tags[tagZone], machine: m.Tags[tagMachine], version: m.Tags[tagVersion],
+		}
+		if b := r.bars[m.ID]; b.process == m.Name {
+			n.barred, n.silence = now.Before(b.until), b.silence
 		}
 		if suffrage, there := servers[m.ID]; there {
 			r.observeServer(&n, suffrage, progress[m.ID], health, now)
