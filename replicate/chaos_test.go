@@ -32,7 +32,7 @@ const (
 var (
 	quickRoles = roleTiming{
 		stable: 500 * time.Millisecond, replacement: 200 * time.Millisecond, dead: 700 * time.Millisecond, deadAlone: 3 * time.Second,
-		absent: 500 * time.Millisecond, patience: 500 * time.Millisecond, unreached: 3 * time.Second, barred: time.Second, unanswered: 500 * time.Millisecond,
+		absent: 500 * time.Millisecond, patience: 500 * time.Millisecond, unreached: 3 * time.Second, barred: time.Second, unanswered: 500 * time.Millisecond, handover: 50 * time.Millisecond,
 	}
 	quickGossip = gossipTiming{
 		firstJoin: 20 * time.Millisecond, lastJoin: 200 * time.Millisecond, rejoin: time.Second, lostRejoin: 500 * time.Millisecond,

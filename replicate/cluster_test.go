@@ -239,7 +239,7 @@ var inAHurry = seams{
 	},
 	roles: &roleTiming{
 		stable: 2 * time.Second, replacement: 200 * time.Millisecond, dead: time.Second, deadAlone: 3 * time.Second,
-		absent: time.Second, patience: 2 * time.Second, unreached: 15 * time.Second, barred: 5 * time.Second, unanswered: 500 * time.Millisecond,
+		absent: time.Second, patience: 2 * time.Second, unreached: 15 * time.Second, barred: 5 * time.Second, unanswered: 500 * time.Millisecond, handover: 50 * time.Millisecond,
 	},
 }
 

@@ -45,6 +45,7 @@ type roleView struct {
 	now       time.Time
 	nodes     []roleNode // ordered by id
 	handed    int        // how often leadership could not be handed over
+	offer     time.Time  // when that may be tried again
 	timing    roleTiming
 }
 
@@ -59,18 +60,19 @@ type roleTiming struct {
 	unreached   time.Duration // how long a server that gossip calls alive may be out of contact
 	barred      time.Duration // how long a standby that could not be reached is not tried again
 	unanswered  time.Duration // the same for a forwarder that did not answer when it was wanted, doubling up to barred
+	handover    time.Duration // raft takes entries for so long after leadership could not be handed over, doubling
 }
 
 // In a fresh cluster nothing but the standbys' catching up is waited for.
 var defaultRoleTiming = roleTiming{
 	stable: 10 * time.Second, replacement: 2 * time.Second, dead: 5 * time.Second, deadAlone: 30 * time.Second,
-	absent: 2 * time.Second, patience: 2 * time.Second, unreached: 15 * time.Second, barred: time.Minute, unanswered: 5 * time.Second,
+	absent: 2 * time.Second, patience: 2 * time.Second, unreached: 15 * time.Second, barred: time.Minute, unanswered: 5 * time.Second, handover: 500 * time.Millisecond,
 }
 
 // Limits of a configuration.
 const (
 	maxStandbys     = 2
-	maxHandovers    = 3           // attempts; raft takes no entries meanwhile
+	maxHandovers    = 2           // attempts, if it can go without; raft takes no entries meanwhile
 	maxTrailingLogs = 250         // a standby this far behind may still become a voter
 	maxContact      = time.Second // 200 ms, autopilot's default, is too tight under a CPU quota
 )
@@ -241,13 +243,17 @@ func (v *roleView) keep() int {
 	return votersFor(v.stayers()+len(v.which(voter, v.crashed)), v.maxVoters)
 }
 
-// planExit: we ourselves want to go. Somebody else has to lead first, and to be a voter before that.
+// planExit: we ourselves want to go. Somebody else has to lead first, and to be a voter before that. If nobody takes the
+// lead, we give up our vote, and so the lead with it: the others then elect a leader by themselves, a time-out later.
 func (v *roleView) planExit() roleChange {
 	if self, _ := v.find(v.self); !v.going(self) {
 		return roleChange{}
 	}
 	if heirs := v.which(voter, v.staying); len(heirs) > 0 {
-		if v.handed >= maxHandovers {
+		if v.handed >= maxHandovers && v.quorate(demote, v.self) {
+			return roleChange{kind: demote, id: v.self, why: "the leader leaves, and nobody takes the lead from it"}
+		}
+		if v.now.Before(v.offer) {
 			return roleChange{}
 		}
 		heir := slices.MaxFunc(heirs, func(a, b roleNode) int {

@@ -60,7 +60,8 @@ type roles struct {
 	seen    map[string]sighting
 	bars    map[string]bar
 	started time.Time
-	handed  int // attempts to hand leadership over that failed
+	handed  int       // attempts to hand leadership over that failed
+	offer   time.Time // the next one may begin
 }
 
 // sighting is what is remembered of a server of the configuration.
@@ -178,6 +179,7 @@ func (r *roles) carryOut(kind changeKind, id string) error {
 	}
 	if err := future.Error(); err != nil {
 		if kind == handLeadership {
+			r.offer = time.Now().Add(r.timing.handover << r.handed)
 			r.handed++
 		}
 		r.log.Debug("changing roles", "change", kind, "node", id, "why", c.why, "err", err)
@@ -203,7 +205,7 @@ func (r *roles) carryOut(kind changeKind, id string) error {
 func (r *roles) observe(now time.Time) (index uint64, v roleView) {
 	index, configuration := r.configuration()
 	progress, health := r.progress(), r.health.Load()
-	v = roleView{self: r.node, maxVoters: r.maxVoters, now: now, timing: r.timing, handed: r.handed}
+	v = roleView{self: r.node, maxVoters: r.maxVoters, now: now, timing: r.timing, handed: r.handed, offer: r.offer}
 	servers := map[string]raft.ServerSuffrage{}
 	for _, s := range configuration.Servers {
 		servers[string(s.ID)] = s.Suffrage

@@ -215,10 +215,7 @@ func (k *ranks) leave(id string) {
 	err := leaver{
 		node: id, members: k.members,
 		announce: func() error { k.gossip(id, gossipLeaving); return nil },
-		enlisted: func() bool { // as the others' push would tell
-			_, c := k.nodes[k.leader()].configured()
-			return slices.ContainsFunc(c.Servers, func(s raft.Server) bool { return s.ID == raft.ServerID(id) })
-		},
+		enlisted: func() bool { return k.enlisted(id) },
 	}.leave(ctx)
 	if err != nil {
 		k.t.Error(id, err)
@@ -228,6 +225,12 @@ func (k *ranks) leave(id string) {
 	}
 	k.stop(id)
 	k.gossip(id, gossipLeft)
+}
+
+// enlisted says whether the leader's configuration has a node, as its push would tell.
+func (k *ranks) enlisted(id string) bool {
+	_, c := k.nodes[k.leader()].configured()
+	return suffrage(c, raft.ServerID(id)) != ""
 }
 
 // leader waits until there is one.
@@ -277,8 +280,8 @@ func (k *ranks) end() {
 func inRanks(t *testing.T, story func(k *ranks)) {
 	synctest.Test(t, func(t *testing.T) {
 		k := newRanks(t)
+		defer k.end()
 		story(k)
-		k.end()
 	})
 }
 
@@ -442,37 +445,76 @@ func (k *ranks) other() string {
 	return strings.Join(others, " ")
 }
 
-// A transfer that fails stops raft's entries for a while; so it is not tried for ever.
-func TestLeadershipIsOfferedThreeTimesAtMost(t *testing.T) {
+// A transfer that fails stops raft's entries for a while, and the leaver's vote may be half of all there are.
+func TestALeaderThatNobodyRelievesGivesUpItsVote(t *testing.T) {
+	for _, all := range [][]string{{"a", "b"}, {"a", "b", "c"}} {
+		inRanks(t, func(k *ranks) {
+			for _, id := range all {
+				k.start(id)
+			}
+			k.await(20*time.Second, map[int]string{2: "a | b", 3: "a b c |"}[len(all)])
+			refusing := k.refused("a", maxHandovers+1)
+			for began := time.Now(); k.enlisted("a"); time.Sleep(50 * time.Millisecond) {
+				if time.Since(began) > 5*time.Second {
+					t.Fatal("a is still there")
+				}
+			}
+			if len(refusing.asked) != maxHandovers {
+				t.Errorf("%d attempts", len(refusing.asked))
+			}
+		})
+	}
+}
+
+// Without the leaver's vote the one that is left would be no majority.
+func TestALeaderWhoseVoteIsNeededOffersItsLeadAgainAndAgain(t *testing.T) {
 	inRanks(t, func(k *ranks) {
 		for _, id := range []string{"a", "b", "c"} {
 			k.start(id)
 		}
 		k.await(20*time.Second, "a b c |")
-		leader := k.nodes[k.leader()]
-		refusing := &refusingRaft{Raft: leader.raft}
-		r := newRoles(rolesConfig{
-			node: leader.id, maxVoters: 3, raft: refusing, configuration: leader.configured, members: k.members,
-			changed: func() <-chan struct{} { return make(chan struct{}) }, progress: k.progress, answers: k.answers,
-			log: slog.New(slog.DiscardHandler), timing: defaultRoleTiming,
-		})
-		leader.cancel() // its own keeping of the roles ends
-		k.gossip(leader.id, gossipLeaving)
-		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
-		defer cancel()
-		r.reconcileRoles(ctx)
-		if refusing.asked != maxHandovers {
-			t.Errorf("%d attempts", refusing.asked)
+		k.crash("c")
+		refusing := k.refused("a", 5)
+		for began := time.Now(); k.leader() == "a"; time.Sleep(50 * time.Millisecond) {
+			if time.Since(began) > 20*time.Second {
+				t.Fatalf("a still leads after %d attempts", len(refusing.asked))
+			}
+		}
+		for i := 1; i < len(refusing.asked); i++ {
+			if pause, least := refusing.asked[i].Sub(refusing.asked[i-1]), defaultRoleTiming.handover<<(i-1); pause < least {
+				t.Errorf("attempt %d comes %v after the one before", i+1, pause)
+			}
 		}
 	})
 }
 
-type refusingRaft struct {
-	*raft.Raft
-	asked int
+// refused lets the leader leave, with a raft that refuses so many times to hand leadership over.
+func (k *ranks) refused(id string, times int) *refusingRaft {
+	leader := k.nodes[id]
+	leader.cancel() // its own keeping of the roles ends
+	refusing := &refusingRaft{Raft: leader.raft, refusals: times}
+	r := newRoles(rolesConfig{
+		node: id, maxVoters: 3, raft: refusing, configuration: leader.configured, members: k.members,
+		changed: func() <-chan struct{} { return make(chan struct{}) }, progress: k.progress, answers: k.answers,
+		log: slog.New(slog.DiscardHandler), timing: defaultRoleTiming,
+	})
+	var ctx context.Context
+	ctx, leader.cancel = context.WithCancel(context.Background())
+	k.workers.Go(func() { r.reconcileRoles(ctx) })
+	k.gossip(id, gossipLeaving)
+	return refusing
 }
 
-func (r *refusingRaft) LeadershipTransferToServer(raft.ServerID, raft.ServerAddress) raft.Future {
-	r.asked++
-	return done{raft.ErrLeadershipTransferInProgress}
+type refusingRaft struct {
+	*raft.Raft
+	refusals int
+	asked    []time.Time
+}
+
+func (r *refusingRaft) LeadershipTransferToServer(id raft.ServerID, address raft.ServerAddress) raft.Future {
+	r.asked = append(r.asked, time.Now())
+	if len(r.asked) <= r.refusals {
+		return done{raft.ErrLeadershipTransferInProgress}
+	}
+	return r.Raft.LeadershipTransferToServer(id, address)
 }
