@@ -107,6 +107,10 @@ func TestBrokenBytesCloseTheirOwnConnection(t *testing.T) {
 		{"a produce request of an unknown version", header(10, 0, 99), []string{"Produce", "99"}},
 		{"a CreateTopics request of an unknown version", append(header(11, 19, 99), 0), []string{"CreateTopics", "99"}},
 		{"tags that are claimed and not there", claimed, []string{"ApiVersions"}},
+		{"a Fetch request without a body", append(header(11, 1, 12), 0), []string{"Fetch", "version 12", k.Addrs()}},
+		{"a ListOffsets request without a body", append(header(11, 2, 6), 0), []string{"ListOffsets", "version 6", k.Addrs()}},
+		{"a DescribeTopicPartitions request without a body", append(header(11, 75, 0), 0), []string{"DescribeTopicPartitions"}},
+		{"a Produce request without acks, cut off", append(header(18, 0, 8), 0xff, 0xff, 0, 0, 0, 0, 0, 1), []string{"Produce", "version 8", k.Addrs()}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			mark := s.Mark()
@@ -129,6 +133,31 @@ func TestBrokenBytesCloseTheirOwnConnection(t *testing.T) {
 		oneLine(t, s, mark, "TLS")
 		aside.undisturbed(t)
 	})
+}
+
+// TestRejectedProduceWithoutAcks: as Kafka itself, the sidecar closes the connection at once.
+func TestRejectedProduceWithoutAcks(t *testing.T) {
+	k := kafka(t, lab.Newest, 1)
+	s := sidecar(t, k)
+	produce := kmsg.NewPtrProduceRequest()
+	produce.Version, produce.Acks, produce.TimeoutMillis = 8, 0, 1000
+	pt := kmsg.NewProduceRequestTopic()
+	pt.Topic = "no such topic"
+	pp := kmsg.NewProduceRequestTopicPartition()
+	pp.Records = make([]byte, 100)
+	pt.Partitions = append(pt.Partitions, pp)
+	produce.Topics = append(produce.Topics, pt)
+	addrs := listeners(t, s)
+	addrs["Kafka"] = k.Addrs()
+	for name, addr := range addrs {
+		r := dialRaw(t, addr)
+		began := time.Now()
+		check(t, r.send(produce, 10*time.Second))
+		if _, err := r.reply(); err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Errorf("%s has not closed the connection: %v", name, err)
+		}
+		t.Logf("%s: closed after %s", name, time.Since(began))
+	}
 }
 
 // oneLine waits for a warning with these words and checks that it stays the only one.

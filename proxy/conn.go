@@ -33,6 +33,8 @@ type conn struct {
 	own, other *leg
 	passed     bool // SASL went to our own broker: only that leg speaks for the client
 
+	silent atomic.Pointer[leg] // the newest on which a request without a reply was sent
+
 	// The writer's.
 	out    []byte
 	timer  *time.Timer
@@ -103,13 +105,13 @@ func (c *conn) ended(who string) {
 }
 
 // ownLeg gives the leg to the listener's broker, dialling it if need be. One that the client's own SASL has opened cannot
-// be opened again without it, nor may one on which unanswered requests were sent end without the client's noticing.
+// be opened again without it, nor may one end without the client's noticing that may have failed what it never answers.
 func (c *conn) ownLeg() (*leg, error) {
 	if c.own != nil {
 		if !c.own.dead() {
 			return c.own, nil
 		}
-		switch ended := c.passed || c.own.silent.Load(); {
+		switch ended := c.passed || c.own.unsure(); {
 		case ended && !c.own.up.Load():
 			return nil, errUnsent
 		case ended:

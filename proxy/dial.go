@@ -24,6 +24,7 @@ const (
 	maxPending  = 1 << 20                // bytes of small frames kept while a leg is dialled; more wait in the socket
 	idleCheck   = time.Second            // a leg unused for longer is looked at before it is used
 	maxVersions = 1 << 20                // bytes of an ApiVersions response
+	rejectTime  = 3 * time.Second        // in which a broker closes on a failed Produce without acks; later it is idleness
 )
 
 var (
@@ -58,9 +59,12 @@ type leg struct {
 	closed      bool
 	interrupted bool // the read deadline was set to the past
 
-	// silent is set when a request without a reply was sent: a broker tells its failure by closing the connection, so the
-	// client must be told of the leg's end in the same way.
-	silent      atomic.Bool
+	// silent counts the requests without a reply that were sent, accepted those of them that went ahead of an answered
+	// one. A broker tells the failure of such a request by closing the connection, and so the client must be told.
+	silent      atomic.Uint32
+	accepted    atomic.Uint32
+	silentIn    atomic.Int32 // the version of the newest
+	blamed      atomic.Bool  // somebody has looked into why the broker has closed it
 	outstanding atomic.Int32 // sent and not yet relayed
 	sent        atomic.Int64 // Unix nanoseconds of the last progress in sending
 
@@ -96,7 +100,7 @@ func (l *leg) dial() {
 	switch {
 	case err == nil:
 		l.flush()
-	case l.silent.Load():
+	case l.silent.Load() > 0:
 		c.pause(c.listener.failureDelay())
 		c.close()
 	}
@@ -195,6 +199,19 @@ func (l *leg) dead() bool {
 		l.broken.Store(true)
 	}
 	return l.broken.Load()
+}
+
+// unsure says whether a request without a reply may still fail: the end of the leg is then to be told to the client.
+func (l *leg) unsure() bool {
+	if l.silent.Load() == l.accepted.Load() {
+		return false
+	}
+	return !l.up.Load() || time.Since(time.Unix(0, l.sent.Load())) < rejectTime
+}
+
+// newestSilent names the newest request without a reply.
+func (l *leg) newestSilent() string {
+	return fmt.Sprintf("a Produce request without acks (api key %d, version %d)", keyProduce, l.silentIn.Load())
 }
 
 // failed says whether a leg was not to be had, or has broken off.

@@ -29,7 +29,9 @@
 // was meant for it. A session holds the connection's group requests while no coordinator is active and sends them again
 // when there is one. Frames from 64 KiB on are moved by splice between TCP sockets; smaller ones go through one buffer,
 // several in one write where they lie ready. On a connection that talks to its broker alone writeReplies does not wait to
-// be told of a slot: it listens to the leg, whose reply wakes it.
+// be told of a slot: it listens to the leg, whose reply wakes it. So it does after a Produce without acks, whose failure a
+// broker tells by closing the connection: the client is closed then. A broker that closes only seconds later has found
+// the leg idle; that, the client does not notice.
 //
 // # Peers
 //

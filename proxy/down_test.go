@@ -6,10 +6,13 @@ import (
 	"strings"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
+	"github.com/offset-sidecar/offset-sidecar/proxy"
 	"github.com/offset-sidecar/offset-sidecar/proxy/wire"
 	"github.com/offset-sidecar/offset-sidecar/upstream"
+	"github.com/twmb/franz-go/pkg/kfake"
 	"github.com/twmb/franz-go/pkg/kmsg"
 )
 
@@ -224,21 +227,98 @@ func TestIdleLegIsReplaced(t *testing.T) {
 	}
 }
 
-// A client that sent requests without replies on a leg is told of its end by a close, as by Kafka: it has to look for
-// the new leader.
-func TestEndOfALegWithSilentRequestsReachesTheClient(t *testing.T) {
+// A broker tells the failure of a request without a reply by closing the connection. The client is closed then, and not
+// when it sends the next: it has to look for the new leader.
+func TestRejectedProduceWithoutAcksClosesTheClient(t *testing.T) {
+	b := newBroker(t, 1, func(r request) []byte {
+		if r.APIKey == 0 {
+			return []byte{}
+		}
+		return echoBody(r)
+	})
+	eachWay(t, config(b.addr()), func(t *testing.T, c proxy.Config) {
+		for name, before := range map[string]int{"first": 0, "after another": 1, "after many": 10} {
+			for size, produce := range map[string][]byte{"small": largeProduce(0, 100), "large": largeProduce(0, 1<<20)} {
+				t.Run(name+", "+size, func(t *testing.T) {
+					s := start(t, c, func(s *side) { s.brokers.set(b.broker()) })
+					c := dial(t, s.Addrs()[1])
+					for id := range before {
+						c.sendBytes(frame(2, 0, int32(id), nil))
+						c.receive()
+					}
+					c.sendBytes(produce)
+					c.closed()
+					until(t, "it is named", func() bool {
+						return strings.Contains(s.logs.String(), "broker "+b.addr()+" has closed the connection upon a Produce request without acks (api key 0, version 8)")
+					})
+				})
+			}
+		}
+	})
+}
+
+// A broker that has answered since, or that closes only much later, has not failed the request without a reply: it has
+// found the connection idle (connections.max.idle.ms), and the client goes on.
+func TestLegThatEndsIdleAfterAProduceWithoutAcks(t *testing.T) {
+	handle := func(r request) []byte {
+		if r.APIKey == 0 {
+			return nil
+		}
+		return echoBody(r)
+	}
+	t.Run("answered since", func(t *testing.T) {
+		b := newBroker(t, 1, handle)
+		s := start(t, config(b.addr()), func(s *side) { s.brokers.set(b.broker()) })
+		c := dial(t, s.Addrs()[1])
+		c.sendBytes(largeProduce(0, 100))
+		c.sendBytes(frame(2, 0, 1, nil))
+		c.receive()
+		b.closeConns()
+		time.Sleep(1100 * time.Millisecond) // what counts as idle
+		c.sendBytes(frame(2, 0, 2, nil))
+		c.receive()
+	})
+	t.Run("much later", func(t *testing.T) {
+		inBubble(t, func(t *testing.T, network *kfake.VirtualNetwork, config proxy.Config) {
+			ln, err := network.Listen("tcp", config.Upstream[0])
+			if err != nil {
+				t.Fatal(err)
+			}
+			b := &fakeBroker{id: 1, conns: map[net.Conn]struct{}{}}
+			b.handle.Store(&handle)
+			b.accept(ln)
+			defer b.kill()
+			s := start(t, config)
+			c := dialIn(t, network, config.Listen)
+			for id := range int32(10) {
+				c.sendBytes(frame(2, 0, id, nil))
+				c.receive()
+			}
+			c.sendBytes(largeProduce(0, 100))
+			time.Sleep(5 * time.Second)
+			b.closeConns()
+			synctest.Wait()
+			c.call(heartbeat("m"))
+			c.sendBytes(frame(2, 0, 11, nil))
+			c.receive()
+			s.stop()
+		})
+	})
+}
+
+// A broker that goes closes the connection upon whatever is outstanding: that is no client's mistake.
+func TestClientsAreNotBlamedForABrokerThatGoes(t *testing.T) {
 	b := newBroker(t, 1, func(request) []byte { return nil })
 	s := start(t, config(b.addr()), func(s *side) { s.brokers.set(b.broker()) })
 	c := dial(t, s.Addrs()[1])
-	silent := frame(0, 0, 1, make([]byte, 20))
-	c.sendBytes(silent)
+	c.sendBytes(frame(1, 4, 1, make([]byte, 30)))
 	until(t, "the request arrives", func() bool { return len(b.requests()) == 1 })
-	b.closeConns()
-	until(t, "the client is closed", func() bool {
-		_, err := c.Write(silent)
-		time.Sleep(20 * time.Millisecond)
-		return err != nil
-	})
+	b.kill()
+	c.closed()
+	until(t, "it has gone", func() bool { return s.Clients() == 0 })
+	if strings.Contains(s.logs.String(), "upon a Fetch") {
+		t.Fatal(s.logs)
+	}
 }
 
 // An upstream that makes no progress for --upstream-timeout beyond the request's own wait ends the connection.

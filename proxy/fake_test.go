@@ -61,6 +61,10 @@ func (b *fakeBroker) listen(t testing.TB, addr string) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	b.accept(ln)
+}
+
+func (b *fakeBroker) accept(ln net.Listener) {
 	b.ln = ln
 	go func() {
 		for {

@@ -34,6 +34,7 @@ type slot struct {
 	response    kmsg.Response
 	call        *call
 	leg         *leg
+	silent      uint32 // requests without a reply that went ahead of it on leg
 	bytes       int    // of it that are kept in memory until it is answered
 	request     []byte // the whole frame of a request that any broker can answer; else nil
 }

@@ -44,11 +44,13 @@ func TestMistakesEndTheirOwnConnectionWithOneLine(t *testing.T) {
 		"unknown api key":         {frame(9999, 0, 1, nil), "api key 9999 (Unknown) version 0"},
 		"unknown version":         {frame(19, 99, 1, []byte{0}), "CreateTopics) version 99"},
 		"removed version":         {frame(0, 2, 1, []byte{0, 1, 0, 0, 0, 1, 0, 0, 0, 0}), "Produce) version 2"},
+		"unreadable, for one":     {frame(1, 4, 1, []byte{0}), "upon a Fetch request (api key 1, version 4)"},
+		"unreadable, no reply":    {frame(0, 3, 1, []byte{0xff, 0xff, 0, 0, 0, 0, 0, 1, 0, 0, 0, 9}), "upon a Produce request without acks (api key 0, version 3)"},
 		"unreadable, for any":     {frame(3, 1, 1, []byte{0, 15, 0x42, 0x40, 0, 1, 'a'}), "Metadata version 1: frame ends too early"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			b := newBroker(t, 1, func(r request) []byte {
-				if r.APIKey == 9999 || r.APIVersion == 99 || r.APIKey == 0 && r.APIVersion == 2 || r.APIKey == 3 && r.APIVersion == 1 {
+				if r.APIKey == 9999 || r.APIVersion == 99 || r.APIKey <= 1 || r.APIKey == 3 {
 					return []byte{}
 				}
 				return echoBody(r)
@@ -64,6 +66,7 @@ func TestMistakesEndTheirOwnConnectionWithOneLine(t *testing.T) {
 				c.sendBytes(m.sent)
 				c.closed()
 			}
+			until(t, "all is said", func() bool { return s.Clients() == 1 })
 			if n := strings.Count(s.logs.String(), m.says); n != 3 { // one each
 				t.Fatalf("%d lines say %q:\n%s", n, m.says, s.logs)
 			}

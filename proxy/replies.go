@@ -57,11 +57,9 @@ func (c *conn) write() error {
 				return nil
 			}
 			err := c.flush()
-			switch {
-			case err != nil:
-			case c.streak >= listenAfter:
-				err = c.listen(c.last)
-			default:
+			if l := c.heard(); err == nil && l != nil {
+				err = c.listen(l)
+			} else if err == nil {
 				err = c.sleep(nil, nil, time.Time{})
 			}
 			if err != nil {
@@ -127,14 +125,31 @@ func (c *conn) sleep(s *slot, ready <-chan struct{}, until time.Time) error {
 	return nil
 }
 
-// listen waits for bytes of a leg although nothing was asked on it yet: on a connection that talks to its broker alone
-// the next reply then needs no one to wake us first. It is interrupted for any other slot.
-func (c *conn) listen(l *leg) error {
-	if !l.settled() || !l.up.Load() || l.broken.Load() || l.owed > 0 {
+// heard gives the leg to listen to while there is no slot, if there is one: that whose end would be the answer to a
+// request without a reply; or, on a connection that talks to its broker alone, that, whose next reply then needs no one
+// to wake us first.
+func (c *conn) heard() *leg {
+	l := c.silent.Load()
+	if l == nil || !l.unsure() {
+		if c.streak < listenAfter {
+			return nil
+		}
+		l = c.last
+	}
+	if !l.up.Load() || l.broken.Load() || l.owed > 0 {
 		c.streak = 0
 		return nil
 	}
-	l.readBy.after(c.proxy.config.UpstreamTimeout)
+	return l
+}
+
+// listen waits for bytes of a leg although nothing was asked on it that has a reply. It is interrupted for any other slot.
+func (c *conn) listen(l *leg) error {
+	timeout := c.proxy.config.UpstreamTimeout
+	if c.streak < listenAfter {
+		timeout = rejectTime
+	}
+	l.readBy.after(timeout)
 	c.inflight.listening.Store(l)
 	var err error
 	if c.inflight.oldest() == nil && !c.inflight.ended.Load() {
@@ -161,17 +176,18 @@ func (c *conn) listen(l *leg) error {
 	// It has ended, or sends what nobody asked for.
 	l.broken.Store(true)
 	c.streak = 0
-	if l.silent.Load() {
-		return errLegEnded
+	if err == nil || !l.unsure() || l.finished() {
+		return nil
 	}
-	return nil
+	c.close()
+	return c.rejected(l, errLegEnded, l.newestSilent())
 }
 
 // awake looks, after the others were told that we sleep, whether what they would have woken us for has come already.
 func (c *conn) awake(s *slot, alarmed bool) bool {
 	switch {
 	case s == nil:
-		return c.inflight.oldest() != nil || c.inflight.ended.Load()
+		return c.inflight.oldest() != nil || c.inflight.ended.Load() || c.heard() != nil
 	case s.kind == slotCalled:
 		return s.call.done(alarmed)
 	}
@@ -256,6 +272,7 @@ func (c *conn) relay(s *slot) error {
 	if err != nil {
 		return c.unanswered(s, err)
 	}
+	l.accepted.Store(s.silent)
 	total := 4 + size
 	switch {
 	case s.rewrite:
@@ -329,7 +346,7 @@ func (c *conn) nextReply(s *slot) (size int, err error) {
 	head := l.in.buffered()
 	size = int(int32(binary.BigEndian.Uint32(head)))
 	if size < 4 {
-		return 0, fmt.Errorf("the upstream sends a reply of %d bytes", size)
+		return 0, blame(tracing.MistakeUpstream, "the upstream's reply to %s claims %d bytes", kmsg.NameForKey(s.key), size)
 	}
 	if got := int32(binary.BigEndian.Uint32(head[4:])); got != s.correlation {
 		l.broken.Store(true)
@@ -521,15 +538,42 @@ func unreadable(request []byte) error {
 	return nil
 }
 
-// closedOn names the client's mistake where the upstream has closed the connection on a request that it does not show in
-// ApiVersions: that is how Kafka answers a key or a version that it does not know.
+// closedOn names the client's mistake where the upstream has closed the connection on a request: that is how Kafka answers
+// a key or a version that it does not know, which are not in its ApiVersions, and what it cannot read.
 func (c *conn) closedOn(s *slot, cause error) error {
 	upstream := c.proxy.table.known(c.listener.node).upstream
 	removed := s.key == keyProduce && s.version < 3 // which Kafka 4 shows for librdkafka's sake (KAFKA-18659)
-	if errors.Is(cause, errStalled) || upstream == nil || shows(upstream, s.key, s.version) && !(removed && !shows(upstream, keyFetch, 3)) {
+	if errors.Is(cause, errStalled) {
 		return cause
 	}
+	if upstream == nil || shows(upstream, s.key, s.version) && !(removed && !shows(upstream, keyFetch, 3)) {
+		what := fmt.Sprintf("a %s request (api key %d, version %d)", kmsg.NameForKey(s.key), s.key, s.version)
+		if s.leg.accepted.Load() != s.silent {
+			what += " or, before it, " + s.leg.newestSilent()
+		}
+		if err := c.flush(); err != nil {
+			return err
+		}
+		c.close()
+		return c.rejected(s.leg, cause, what)
+	}
 	return blame(tracing.MistakeRequest, "api key %d (%s) version %d is not known to the upstream, which has closed the connection", s.key, kmsg.NameForKey(s.key), s.version)
+}
+
+// rejected names the request upon which a broker has closed a leg, unless it has closed it because it ends itself: that
+// is found out by dialling it, for which the client need not wait. Both of the connection's goroutines may come here.
+func (c *conn) rejected(l *leg, cause error, what string) error {
+	if l.blamed.Swap(true) || c.proxy.health.suspected(l.addr) {
+		return cause
+	}
+	ctx, cancel := context.WithTimeout(c.proxy.ctx, dialTimeout)
+	defer cancel()
+	conn, _, err := c.proxy.connect(ctx, l.addr)
+	if err != nil {
+		return cause
+	}
+	_ = conn.Close()
+	return blame(tracing.MistakeRequest, "broker %s has closed the connection upon %s: it cannot read it, or refuses it", l.addr, what)
 }
 
 func shows(upstream *kmsg.ApiVersionsResponse, key, version int16) bool {

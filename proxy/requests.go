@@ -375,6 +375,7 @@ func (c *conn) send(s slot, frame []byte, silent bool) error {
 	if silent {
 		return c.sendSilent(s.leg, frame)
 	}
+	s.silent = s.leg.silent.Load()
 	s.leg.outstanding.Add(1)
 	c.proxy.metrics.Add(tracing.RequestsInFlight, 1)
 	c.inflight.push(s)
@@ -394,14 +395,22 @@ func (c *conn) send(s slot, frame []byte, silent bool) error {
 // sendSilent sends a request without a reply; if it cannot be sent, the client is told as by a broker, with a close.
 func (c *conn) sendSilent(l *leg, frame []byte) error {
 	c.proxy.metrics.Add(tracing.CopiedBytes, int64(len(frame)))
-	l.silent.Store(true)
+	c.noteSilent(l, int16(binary.BigEndian.Uint16(frame[6:])))
 	if err := l.send(frame, c.ctx.Done()); err != nil {
 		return err
 	}
 	if l.failed() {
 		return errUnsent
 	}
+	c.inflight.sent(l)
 	return nil
+}
+
+// noteSilent is called before a request without a reply is sent.
+func (c *conn) noteSilent(l *leg, version int16) {
+	l.silentIn.Store(int32(version))
+	l.silent.Add(1)
+	c.silent.Store(l)
 }
 
 // relayLarge moves a large request to the listener's broker.
@@ -411,8 +420,9 @@ func (c *conn) relayLarge(s slot, total int, silent bool) error {
 		return err
 	}
 	s.leg = l
+	s.silent = l.silent.Load()
 	if silent {
-		l.silent.Store(true)
+		c.noteSilent(l, s.version)
 	} else {
 		l.outstanding.Add(1)
 		c.push(s)
@@ -423,8 +433,14 @@ func (c *conn) relayLarge(s slot, total int, silent bool) error {
 	err = c.proxy.mover.move(l.conn, &c.in, total, &upload{c: c, l: l})
 	_ = c.client.SetReadDeadline(time.Time{})
 	l.used = time.Now()
-	if err != nil {
+	switch {
+	case err == nil && silent:
+		c.inflight.sent(l)
+	case err != nil:
 		l.broken.Store(true)
+		if silent && ended(l.conn) {
+			return c.rejected(l, err, l.newestSilent())
+		}
 	}
 	return err
 }

@@ -7,7 +7,8 @@ const (
 	fixed kind = iota // size bytes
 	text
 	blob
-	list // of structs
+	list   // of structs
+	option // a struct, or null
 	texts
 	numbers // of size bytes each
 )
@@ -18,7 +19,7 @@ type field struct {
 	size     int
 	from, to int16   // versions that have it
 	null     int16   // the first version in which it may be null
-	of       []field // of a list
+	of       []field // of a list or struct
 }
 
 const (
@@ -32,6 +33,7 @@ func nullStr(from int16) field         { return field{kind: text, from: from, to
 func data() field                      { return field{kind: blob, to: always, null: never} }
 func strs(from int16) field            { return field{kind: texts, from: from, to: always, null: never} }
 func structs(of ...field) field        { return field{kind: list, to: always, null: never, of: of} }
+func maybe(of ...field) field          { return field{kind: option, to: always, of: of} }
 func (f field) until(to int16) field   { f.to = to; return f }
 func (f field) since(from int16) field { f.from = from; return f }
 func (f field) nullFrom(v int16) field { f.null = v; return f }
@@ -99,6 +101,7 @@ var otherRequests = map[int16][]field{
 		nullStr(0), structs(num(16, 0), ints()).nullFrom(0),
 	},
 	69: {strs(0), num(1, 0)},                                                                                          // ConsumerGroupDescribe
+	75: {structs(str(0, always)), num(4, 0), maybe(str(0, always), num(4, 0))},                                        // DescribeTopicPartitions
 	76: {str(0, always), str(0, always), num(4, 0), nullStr(0), strs(0).nullFrom(0)},                                  // ShareGroupHeartbeat
 	77: {strs(0), num(1, 0)},                                                                                          // ShareGroupDescribe
 	80: {nullStr(0), num(4, 0), num(4, 0), num(16, 0), structs(str(0, always), str(0, always), num(2, 0)), num(1, 1)}, // AddRaftVoter
@@ -131,6 +134,10 @@ func (r *reader) checkStruct(fields []field, version int16) {
 			}
 		case list:
 			for n := r.count(r.arrayLen(null)); n > 0 && r.err == nil; n-- {
+				r.checkStruct(f.of, version)
+			}
+		case option:
+			if r.int8() >= 0 {
 				r.checkStruct(f.of, version)
 			}
 		}
