@@ -116,7 +116,9 @@ func raftConfig(c Config, id raft.ServerID) *raft.Config {
 	rc.LocalID = id
 	rc.HeartbeatTimeout = c.RaftTimeout
 	rc.ElectionTimeout = c.RaftTimeout
-	rc.LeaderLeaseTimeout = c.RaftTimeout / 2
+	// As long as the others wait for it: less gives up a leader whose answers take that long (each process on their way is
+	// held up for 90 ms by a quota of a tenth of a core), and fences do not rely on it.
+	rc.LeaderLeaseTimeout = c.RaftTimeout
 	rc.CommitTimeout = min(rc.CommitTimeout, c.RaftTimeout/4)
 	rc.MaxAppendEntries = 64
 	rc.SnapshotThreshold = snapshotEntries

@@ -342,6 +342,23 @@ func TestAnInstalledSnapshotCountsAsStored(t *testing.T) {
 	})
 }
 
+// A leader whose heartbeats and their answers take long, since each process is held up by its quota, stays what it is.
+func TestSlowAnswersEndNoLeadership(t *testing.T) {
+	bubble(t, 3, 0, func(c *cluster) {
+		leader := c.members[0]
+		term := leader.term()
+		c.net.mu.Lock()
+		for _, m := range c.members[1:] {
+			c.net.delay[link{leader.id, m.id}] = 300 * time.Millisecond
+		}
+		c.net.mu.Unlock()
+		time.Sleep(time.Minute)
+		if !leader.leads() || leader.term() != term {
+			c.Fatalf("it is %s in term %d, was the leader of term %d", leader.raft.State(), leader.term(), term)
+		}
+	})
+}
+
 func TestDuplicatesAndDelaysHurtNobody(t *testing.T) {
 	bubble(t, 3, 0, func(c *cluster) {
 		leader := c.members[0]
