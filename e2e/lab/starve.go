@@ -31,9 +31,10 @@ func NewStarved(name string, millicores int) (*Starved, error) {
 		return nil, fmt.Errorf("making a control group (as root only): %w", err)
 	}
 	quota := period * millicores / 1000
-	files := [][2]string{{"cpu.cfs_period_us", strconv.Itoa(period)}, {"cpu.cfs_quota_us", strconv.Itoa(quota)}}
+	// The largest weight: what they are given they get at once, whatever else the machine does.
+	files := [][2]string{{"cpu.cfs_period_us", strconv.Itoa(period)}, {"cpu.cfs_quota_us", strconv.Itoa(quota)}, {"cpu.shares", "262144"}}
 	if g.v2 {
-		files = [][2]string{{"cpu.max", fmt.Sprintf("%d %d", quota, period)}}
+		files = [][2]string{{"cpu.max", fmt.Sprintf("%d %d", quota, period)}, {"cpu.weight", "10000"}}
 	}
 	for _, f := range files {
 		if err := os.WriteFile(filepath.Join(g.dir, f[0]), []byte(f[1]), 0o644); err != nil {
