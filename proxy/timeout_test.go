@@ -87,7 +87,7 @@ func TestSlowUpload(t *testing.T) {
 		return r.reply(binary.BigEndian.AppendUint32(nil, uint32(len(r.frame))))
 	})
 	c := config(b.addr())
-	c.UpstreamTimeout = 300 * time.Millisecond
+	c.UpstreamTimeout = 600 * time.Millisecond
 	eachWay(t, c, func(t *testing.T, c proxy.Config) {
 		s := start(t, c, func(s *side) { s.brokers.set(b.broker()) })
 		cl := dial(t, s.Addrs()[1])
