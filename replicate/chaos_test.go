@@ -31,7 +31,7 @@ const (
 // quick is a cluster in a hurry; with the pace of a real one what takes 2 s here takes 15.
 var (
 	quickRoles = roleTiming{
-		stable: 500 * time.Millisecond, replacement: 200 * time.Millisecond, dead: 700 * time.Millisecond, deadAlone: 3 * time.Second,
+		stable: 500 * time.Millisecond, steady: 100 * time.Millisecond, replacement: 200 * time.Millisecond, dead: 700 * time.Millisecond, deadAlone: 3 * time.Second,
 		absent: 500 * time.Millisecond, patience: 500 * time.Millisecond, unreached: 3 * time.Second, barred: time.Second, unanswered: 500 * time.Millisecond, handover: 50 * time.Millisecond,
 	}
 	quickGossip = gossipTiming{

@@ -238,7 +238,7 @@ var inAHurry = seams{
 		report: 30 * time.Second, endorse: time.Second,
 	},
 	roles: &roleTiming{
-		stable: 2 * time.Second, replacement: 200 * time.Millisecond, dead: time.Second, deadAlone: 3 * time.Second,
+		stable: 2 * time.Second, steady: 200 * time.Millisecond, replacement: 200 * time.Millisecond, dead: time.Second, deadAlone: 3 * time.Second,
 		absent: time.Second, patience: 2 * time.Second, unreached: 15 * time.Second, barred: 5 * time.Second, unanswered: 500 * time.Millisecond, handover: 50 * time.Millisecond,
 	},
 }

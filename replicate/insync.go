@@ -36,6 +36,7 @@ type insync struct {
 	configuration func() raft.Configuration          // asked when a term begins
 	leadership    func() (term uint64, leading bool) // asked before somebody is taken out for being late
 	logger        *slog.Logger
+	lease         time.Duration // raft's: its leader steps down when no majority has answered for so long
 	advanced      chan struct{} // has one value if stored has risen since it was last taken
 
 	mu       sync.Mutex
@@ -66,6 +67,7 @@ type replicaProgress struct {
 	bar      time.Duration // how long it was barred when it last left
 	barred   time.Time     // until
 	contact  time.Time     // it last answered in this process's time as leader
+	steady   time.Time     // and has done so since, never later than a lease after the answer before
 }
 
 // replicaInfo is what is shown of a replica.
@@ -74,6 +76,8 @@ type replicaInfo struct {
 	Match   uint64
 	InSync  bool
 	Contact time.Time // zero: never
+	// Steady is for how long it has answered as a lease asks of a voter.
+	Steady time.Duration
 }
 
 func newInsync(configuration func() raft.Configuration, leadership func() (uint64, bool)) *insync {
@@ -100,7 +104,7 @@ func (s *insync) roll(term uint64) {
 		s.setMembers(c)
 	}
 	for id, r := range s.replicas {
-		s.replicas[id] = &replicaProgress{sentLast: noIndex, bar: r.bar, barred: r.barred, contact: r.contact}
+		s.replicas[id] = &replicaProgress{sentLast: noIndex, bar: r.bar, barred: r.barred, contact: r.contact, steady: r.steady}
 	}
 }
 
@@ -217,6 +221,9 @@ func (s *insync) acked(id raft.ServerID, term, index, previous uint64, now time.
 	if term != s.term || r == nil {
 		return
 	}
+	if now.Sub(r.contact) > s.lease {
+		r.steady = now
+	}
 	r.contact = now
 	if index == 0 {
 		return
@@ -331,7 +338,7 @@ func (s *insync) infos() (last uint64, infos []replicaInfo) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for id, r := range s.replicas {
-		infos = append(infos, replicaInfo{ID: id, Match: min(r.match, s.last), InSync: r.in && !s.over, Contact: r.contact})
+		infos = append(infos, replicaInfo{ID: id, Match: min(r.match, s.last), InSync: r.in && !s.over, Contact: r.contact, Steady: r.contact.Sub(r.steady)})
 	}
 	slices.SortFunc(infos, func(a, b replicaInfo) int { return cmp.Compare(a.ID, b.ID) })
 	return s.last, infos

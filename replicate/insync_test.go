@@ -156,6 +156,29 @@ func TestAHeartbeatSaysNothingOfTheLog(t *testing.T) {
 	}
 }
 
+func TestAnAnswerLaterThanTheLeaseBeginsAnew(t *testing.T) {
+	s := newScript(t, "b")
+	s.lease = 250 * time.Millisecond
+	s.write(5)
+	s.send("b")
+	steady := func(want time.Duration) {
+		t.Helper()
+		s.acked("b", 1, 0, noIndex, s.now)
+		if _, infos := s.infos(); infos[0].Steady != want {
+			t.Fatalf("steady for %v, not %v", infos[0].Steady, want)
+		}
+	}
+	steady(0)
+	for i := range time.Duration(10) {
+		s.sleep(s.lease)
+		steady((i + 1) * s.lease)
+	}
+	s.sleep(s.lease + 1)
+	steady(0)
+	s.sleep(s.lease)
+	steady(s.lease)
+}
+
 func TestAClosedConnectionTakesAReplicaOutAtOnce(t *testing.T) {
 	s := newScript(t, "b", "c")
 	s.write(10)

@@ -311,7 +311,7 @@ func (m *membership) progress() map[string]peerProgress {
 	_, infos := r.transport.insync.infos()
 	progress := make(map[string]peerProgress, len(infos))
 	for _, i := range infos {
-		progress[string(i.ID)] = peerProgress{match: i.Match, contact: i.Contact}
+		progress[string(i.ID)] = peerProgress{match: i.Match, contact: i.Contact, steady: i.Steady}
 	}
 	return progress
 }

@@ -71,7 +71,7 @@ func (n *Node) startReplica(inner raft.Transport, m *membership) (*replica, erro
 		return nil, errEnding
 	}
 	r.transport = newTransport(inner)
-	r.transport.insync.logger = n.log
+	r.transport.insync.logger, r.transport.insync.lease = n.log, raftConfig(n.config, n.id).LeaderLeaseTimeout
 	if n.config.Acks == AcksAll {
 		r.fsm.stored = r.transport.insync.has
 	}

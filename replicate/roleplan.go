@@ -27,11 +27,12 @@ type roleNode struct {
 	state   gossipState // 0: gossip does not know it
 	since   time.Time   // of state, as far as this leader knows
 
-	contact      bool      // it has answered raft within the last second
-	contactSince time.Time // contact has been what it is since
-	ready        bool      // autopilot calls it healthy: in contact, in our term, not far behind
-	readySince   time.Time // ready has been what it is since
-	match        uint64    // of our log, what it has
+	contact      bool          // it has answered raft within the last second
+	contactSince time.Time     // contact has been what it is since
+	ready        bool          // autopilot calls it healthy: in contact, in our term, not far behind
+	readySince   time.Time     // ready has been what it is since
+	match        uint64        // of our log, what it has
+	steady       time.Duration // for how long it has answered in time for raft's lease
 
 	zone, machine, version string
 	barred                 bool          // it could not be reached as a standby, or did not answer when it was to become one
@@ -52,7 +53,8 @@ type roleView struct {
 // roleTiming holds what plan waits for.
 type roleTiming struct {
 	stable      time.Duration // how long a standby must have been ready to grow beyond three voters, or for a better spread
-	replacement time.Duration // the same, to take a dead voter's place
+	steady      time.Duration // how long a standby must have answered as a voter has to, for one voter to become three
+	replacement time.Duration // how long a standby must have been ready to take a dead voter's place
 	dead        time.Duration // how long a voter must be dead before a ready standby takes its place, or a standby to be dropped
 	deadAlone   time.Duration // the same for a voter that nobody can replace
 	absent      time.Duration // how long a standby must be unknown to gossip to be dropped
@@ -65,7 +67,7 @@ type roleTiming struct {
 
 // In a fresh cluster nothing but the standbys' catching up is waited for.
 var defaultRoleTiming = roleTiming{
-	stable: 10 * time.Second, replacement: 2 * time.Second, dead: 5 * time.Second, deadAlone: 30 * time.Second,
+	stable: 10 * time.Second, steady: time.Second, replacement: 2 * time.Second, dead: 5 * time.Second, deadAlone: 30 * time.Second,
 	absent: 2 * time.Second, patience: 2 * time.Second, unreached: 15 * time.Second, barred: time.Minute, unanswered: 5 * time.Second, handover: 500 * time.Millisecond,
 }
 
@@ -169,7 +171,8 @@ func votersFor(n, most int) int {
 //   - A voter that crashed is demoted when a ready standby can take its place, and then that is promoted: the other order
 //     would raise the quorum while a voter is missing (as raft-autopilot does it). Without a replacement it stays, unless
 //     three voters remain; its death alone never makes the cluster smaller.
-//   - Growth goes by two, when both candidates have caught up.
+//   - Growth goes by two, when both candidates have caught up and would have kept the lease. A lone voter leads however slow
+//     everything is; one of three has to hear from another in time, and elections cost a slow cluster what it is short of.
 //
 // No change is planned after which the voters that answer would not be a majority.
 func (v *roleView) plan() roleChange {
@@ -347,14 +350,15 @@ func (v *roleView) planGrowth() roleChange {
 	if voters >= v.grow() || len(v.which(voter, v.crashed)) > 0 {
 		return roleChange{}
 	}
-	stable, needed := time.Duration(0), 1
+	stable, steady, needed := time.Duration(0), time.Duration(0), 1
 	if voters%2 == 1 { // to the next odd number, or not at all
-		needed = 2
+		steady, needed = v.timing.steady, 2
 		if voters >= 3 {
 			stable = v.timing.stable
 		}
 	}
-	if ready := v.candidates(stable); len(ready) >= needed {
+	ready := slices.DeleteFunc(v.candidates(stable), func(n roleNode) bool { return n.steady < steady })
+	if len(ready) >= needed {
 		return roleChange{kind: promote, id: ready[0].id, why: "more voters are wanted"}
 	}
 	return roleChange{}

@@ -83,7 +83,7 @@ func (s *roleSim) view() roleView {
 		n := s.nodes[id]
 		v.nodes = append(v.nodes, roleNode{
 			id: id, role: n.role, state: n.state, since: n.since, contact: n.contact, contactSince: n.contactSince,
-			ready: n.ready, readySince: n.readySince, barred: s.now.Before(n.barred), zone: n.zone, machine: n.machine, version: n.version,
+			ready: n.ready, readySince: n.readySince, steady: time.Hour, barred: s.now.Before(n.barred), zone: n.zone, machine: n.machine, version: n.version,
 		})
 	}
 	return v

@@ -16,8 +16,9 @@ import (
 
 // peerProgress is how far a server of the configuration has come, as the leader sees it in its term.
 type peerProgress struct {
-	match   uint64    // it has stored our log up to here
-	contact time.Time // it last answered; zero: not in this term
+	match   uint64        // it has stored our log up to here
+	contact time.Time     // it last answered; zero: not in this term
+	steady  time.Duration // for how long it has answered in time for raft's lease
 }
 
 // rolesConfig is what keeping the roles needs.
@@ -254,7 +255,7 @@ func (r *roles) observeServer(n *roleNode, suffrage raft.ServerSuffrage, p peerP
 		s.absent = now
 	}
 	r.seen[n.id] = s
-	n.contact, n.contactSince, n.match = s.contact, s.since, p.match
+	n.contact, n.contactSince, n.match, n.steady = s.contact, s.since, p.match, p.steady
 	if n.state == 0 {
 		n.since = s.absent
 	}

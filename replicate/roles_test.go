@@ -35,6 +35,7 @@ type rankNode struct {
 	up        bool
 	mute      bool // it does not answer on its peer port
 	asked     int  // to answer
+	late      bool // it answers raft later than a voter may
 	cancel    context.CancelFunc
 
 	mu            sync.Mutex
@@ -151,7 +152,11 @@ func (k *ranks) progress() map[string]peerProgress {
 	all := map[string]peerProgress{}
 	for id, n := range k.nodes {
 		if n.up {
-			all[id] = peerProgress{match: n.raft.LastIndex(), contact: time.Now()}
+			p := peerProgress{match: n.raft.LastIndex(), contact: time.Now(), steady: time.Hour}
+			if n.late {
+				p.steady = 0
+			}
+			all[id] = p
 		}
 	}
 	return all
@@ -291,6 +296,26 @@ func TestThreeThatStartTogetherAreVotersWithinSeconds(t *testing.T) {
 			k.start(id)
 		}
 		k.leader() // a bare raft takes a while to elect itself
+		k.await(3*time.Second, "a b c |")
+	})
+}
+
+// A lone voter leads however late the others answer; one of three does not.
+func TestOneVoterBecomesThreeOnlyWhenTheOthersKeepItsLease(t *testing.T) {
+	inRanks(t, func(k *ranks) {
+		k.start("a")
+		k.start("b")
+		k.mu.Lock()
+		k.nodes["b"].late = true
+		k.mu.Unlock()
+		k.start("c")
+		k.leader()
+		k.await(3*time.Second, "a | b c")
+		time.Sleep(time.Minute)
+		k.await(0, "a | b c")
+		k.mu.Lock()
+		k.nodes["b"].late = false
+		k.mu.Unlock()
 		k.await(3*time.Second, "a b c |")
 	})
 }
