@@ -1,6 +1,9 @@
 package replicate
 
 import (
+	"context"
+	"log/slog"
+	"strings"
 	"sync/atomic"
 	"testing"
 )
@@ -34,6 +37,62 @@ func TestALeaderWhoseDiskIsFullMakesWay(t *testing.T) {
 	}
 	f.await("another one that is active", func() bool { return !old.active() && f.active() != old })
 	f.put("a", "2")
+}
+
+// As long as a majority of the disks is full no leader could have anything replicated, and leadership stays where it is,
+// also when an entry has failed; as soon as a majority has room, one of those leads.
+func TestLeadershipDoesNotWanderBetweenFullDisks(t *testing.T) {
+	free, change := smallDisks(3)
+	kept := &countingHandler{message: "leadership stays"}
+	f := newFleet(t, 3, func(i int, c *Config) {
+		change(i, c)
+		c.Logger = slog.New(kept)
+	})
+	f.await("three voters", func() bool { return f.roles()[RoleVoter] == 3 })
+	f.put("a", "1")
+	old := f.active()
+	for i := range free {
+		free[i].Store(full)
+	}
+	if err := old.append(t.Context(), "a", "2"); err == nil {
+		t.Error("taken")
+	}
+	stays := func() {
+		t.Helper()
+		before := kept.n.Load()
+		f.await("nobody who takes over", func() bool { return kept.n.Load() >= before+2 })
+		if now := f.active(); now != old {
+			t.Error("another one leads")
+		}
+	}
+	stays()
+	var others []int
+	for i, s := range f.all {
+		if s != old {
+			others = append(others, i)
+		}
+	}
+	free[others[0]].Store(roomy)
+	stays()
+	free[others[1]].Store(roomy)
+	f.await("another one that is active", func() bool { return !old.active() && f.active() != old })
+	f.put("a", "3")
+}
+
+// countingHandler counts the log records that have a message.
+type countingHandler struct {
+	message string
+	n       atomic.Int64
+}
+
+func (h *countingHandler) Enabled(context.Context, slog.Level) bool { return true }
+func (h *countingHandler) WithAttrs([]slog.Attr) slog.Handler       { return h }
+func (h *countingHandler) WithGroup(string) slog.Handler            { return h }
+func (h *countingHandler) Handle(_ context.Context, r slog.Record) error {
+	if strings.Contains(r.Message, h.message) {
+		h.n.Add(1)
+	}
+	return nil
 }
 
 // A lone voter has nobody to hand over to: it leads on a full disk, and refuses entries.

@@ -325,6 +325,14 @@ func (m *membership) vet(ctx context.Context, node string) error {
 	return err
 }
 
+// roomy asks a node whether there is room on its disk; no answer is no.
+func (m *membership) roomy(node string) bool {
+	ctx, cancel := context.WithTimeout(m.ctx, vetTimeout)
+	defer cancel()
+	f, err := m.status.ask(ctx, node)
+	return err == nil && f.Room
+}
+
 // committed is the newest configuration that raft has committed.
 func (m *membership) committed() (index uint64, c raft.Configuration) {
 	m.mu.Lock()
@@ -632,6 +640,7 @@ func (m *membership) facts() facts {
 	m.mu.Unlock()
 	fresh, err := m.node.store.Fresh()
 	f.HasState = err != nil || !fresh
+	f.Room = m.node.store.Roomy()
 	if r := m.node.running.Load(); r != nil {
 		f.Term = r.raft.CurrentTerm()
 		f.LastIndex, f.LastTerm = lastEntry(r.raft)

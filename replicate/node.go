@@ -178,7 +178,7 @@ func (n *Node) Resign(term uint64) {
 }
 
 // Full says that the disk has no room for entries now, or soon will not: one that is offered may fail, and its term with
-// it. A leader with peers hands its lead over meanwhile.
+// it. A leader hands its lead over meanwhile if a majority of the voters has room.
 func (n *Node) Full() bool { return n.store.Full() }
 
 // send delivers an event; false if the node is ending.

@@ -22,8 +22,8 @@ const (
 	trimEvery       = 2 * time.Second
 )
 
-// offerEvery is how often a leader whose disk is full offers its lead: those of the others may be full as well.
-const offerEvery = 10 * time.Second
+// offerEvery is how often a leader whose disk is full asks the other voters whether theirs has room.
+const offerEvery = 2 * time.Second
 
 // replica is one run of raft over the store: from the time this node is a member of the cluster's configuration, or
 // about to become one, until it is removed or the node ends. A node has one at a time at most; a forwarder has none.
@@ -39,6 +39,7 @@ type replica struct {
 	send      func(Event) bool // to the node's events; false: the node is ending
 	entries   <-chan Entry
 	leads     func(r *replica, term uint64) // told of a term in which we are active, and of its end, as 0; nil: nobody wants to know
+	roomy     func(node string) bool        // asks a voter whether there is room on its disk
 
 	inFlight chan pending
 	slots    chan struct{} // one for each entry in flight
@@ -46,6 +47,7 @@ type replica struct {
 	failedTerm atomic.Uint64 // an entry of it failed
 	resigned   atomic.Uint64 // the newest term to resign
 	wake       chan struct{} // resigned has changed
+	offering   atomic.Bool   // makeWay is at it
 
 	stop    chan struct{}
 	workers sync.WaitGroup
@@ -63,7 +65,7 @@ func (n *Node) startReplica(inner raft.Transport, m *membership) (*replica, erro
 	}
 	r.fsm = &fsm{store: n.store, send: n.send, fatal: func(err error) { go n.fatal(err) }}
 	if m != nil {
-		r.fsm.configured, r.leads = m.configured, m.leads
+		r.fsm.configured, r.leads, r.roomy = m.configured, m.leads, m.roomy
 	}
 	r.fsm.resume()
 	r.fsm.tellConfiguration()
@@ -180,7 +182,6 @@ func (r *replica) lead() {
 	again := time.NewTicker(r.retry)
 	defer again.Stop()
 	var active, gaveUp uint64
-	var offered time.Time
 	for {
 		select {
 		case <-r.raft.LeaderCh():
@@ -190,9 +191,8 @@ func (r *replica) lead() {
 				go r.giveUp(term) // a transfer takes as long as it takes, and with a disk that hangs for ever
 			}
 		case <-again.C: // a barrier that failed while we went on leading
-			if active != 0 && time.Since(offered) > offerEvery && r.store.Full() && !r.lone() {
-				offered = time.Now()
-				go r.makeWay(active)
+			if active != 0 && r.roomy != nil && r.store.Full() && r.offering.CompareAndSwap(false, true) {
+				go r.makeWay(active) // as giveUp
 			}
 		case <-r.stop:
 			if active != 0 {
@@ -207,9 +207,10 @@ func (r *replica) lead() {
 	}
 }
 
-// giveUp hands leadership to another voter, or, when there is none that takes it, forces a new term of our own.
+// giveUp hands leadership to another voter, or, when there is none that takes it, forces a new term of our own. So it
+// does on a full disk, too: whether another has room is makeWay's to find out.
 func (r *replica) giveUp(term uint64) {
-	if !r.lone() {
+	if !r.lone() && !r.store.Full() {
 		err := r.raft.LeadershipTransfer().Error()
 		for errors.Is(err, raft.ErrLeadershipTransferInProgress) { // by reconcileRoles: it is why the activation ended, perhaps
 			if !r.await(r.retry/10) || !r.leadsIn(term) {
@@ -228,12 +229,31 @@ func (r *replica) giveUp(term uint64) {
 	}
 }
 
-// makeWay hands leadership to a voter whose disk may have room; raft takes the one that has stored most.
+// makeWay hands leadership to a voter whose disk has room, if that is so of a majority: entries could be replicated then.
+// Else it would only wander from one full disk to the next, or to a leader whose entries nobody has room for: while we
+// lead none is begun, and what is only read is answered.
 func (r *replica) makeWay(term uint64) {
-	r.log.Warn("there is no room on disk: leadership is offered to another voter", "term", term)
-	if err := r.raft.LeadershipTransfer().Error(); err != nil {
-		r.log.Warn("handing leadership over", "term", term, "err", err)
+	defer r.offering.Store(false)
+	voters := 0
+	var roomy []raft.Server
+	for _, s := range r.raft.GetConfiguration().Configuration().Servers {
+		if s.Suffrage != raft.Voter {
+			continue
+		}
+		voters++
+		if s.ID != r.id && r.roomy(string(s.ID)) {
+			roomy = append(roomy, s)
+		}
 	}
+	if len(roomy) > voters/2 {
+		r.log.Warn("there is no room on disk: leadership is handed to a voter with room", "term", term, "node", roomy[0].ID)
+		if err := r.raft.LeadershipTransferToServer(roomy[0].ID, roomy[0].Address).Error(); err != nil {
+			r.log.Warn("handing leadership over", "term", term, "err", err)
+		}
+	} else {
+		r.log.Debug("there is no room on disk, nor on those of a majority: leadership stays", "term", term, "room", len(roomy))
+	}
+	r.await(offerEvery)
 }
 
 func (r *replica) leadsIn(term uint64) bool {

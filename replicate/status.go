@@ -33,6 +33,7 @@ type facts struct {
 	Leader    string    `json:"leader"` // node id, as far as known
 	Expect    int       `json:"expect"` // --bootstrap-expect
 	Version   string    `json:"version"`
+	Room      bool      `json:"room"` // on its disk, to lead; false as well where the version does not say
 }
 
 // status is how each sidecar knows who is active. It keeps one stream to every voter, on which that voter says at once

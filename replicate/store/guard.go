@@ -288,6 +288,11 @@ func (s *Store) Full() bool {
 	return s.files != nil && !s.files.guard.roomy(fullAhead)
 }
 
+// Roomy says that it is a while until Full will be: whoever takes on work for another must not give it back at once.
+func (s *Store) Roomy() bool {
+	return s.files == nil || s.files.guard.roomy(2*fullAhead)
+}
+
 func (s *Store) checkSpace() error {
 	return s.Room(0)
 }
