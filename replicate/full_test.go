@@ -4,8 +4,13 @@ import (
 	"context"
 	"log/slog"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
+	"unicode"
+
+	"github.com/hashicorp/raft"
 )
 
 // smallDisks gives each sidecar a disk of 10 GiB with the free space that the test says.
@@ -39,59 +44,111 @@ func TestALeaderWhoseDiskIsFullMakesWay(t *testing.T) {
 	f.put("a", "2")
 }
 
-// As long as a majority of the disks is full no leader could have anything replicated, and leadership stays where it is,
-// also when an entry has failed; as soon as a majority has room, one of those leads.
+// As long as a majority of the disks is full no leader could have anything replicated, and none hands over, also when an
+// entry has failed; as soon as a majority has room, one of those leads.
 func TestLeadershipDoesNotWanderBetweenFullDisks(t *testing.T) {
 	free, change := smallDisks(3)
-	kept := &countingHandler{message: "leadership stays"}
+	said := &messages{said: map[string]bool{}}
 	f := newFleet(t, 3, func(i int, c *Config) {
 		change(i, c)
-		c.Logger = slog.New(kept)
+		c.Logger = slog.New(said)
 	})
 	f.await("three voters", func() bool { return f.roles()[RoleVoter] == 3 })
 	f.put("a", "1")
-	old := f.active()
 	for i := range free {
 		free[i].Store(full)
 	}
-	if err := old.append(t.Context(), "a", "2"); err == nil {
-		t.Error("taken")
-	}
-	stays := func() {
-		t.Helper()
-		before := kept.n.Load()
-		f.await("nobody who takes over", func() bool { return kept.n.Load() >= before+2 })
-		if now := f.active(); now != old {
-			t.Error("another one leads")
+	f.await("a new term of the same leader", func() bool {
+		if err := f.active().append(t.Context(), "a", "2"); err == nil {
+			t.Error("taken")
 		}
+		return said.some("forcing a new term")
+	})
+	f.await("leader that stays", func() bool { return said.some("leadership stays") })
+	if said.some("leadership is handed") {
+		t.Error("leadership was handed to a full disk")
 	}
-	stays()
-	var others []int
+	old := f.active()
 	for i, s := range f.all {
 		if s != old {
-			others = append(others, i)
+			free[i].Store(roomy)
 		}
 	}
-	free[others[0]].Store(roomy)
-	stays()
-	free[others[1]].Store(roomy)
 	f.await("another one that is active", func() bool { return !old.active() && f.active() != old })
 	f.put("a", "3")
 }
 
-// countingHandler counts the log records that have a message.
-type countingHandler struct {
-	message string
-	n       atomic.Int64
+// A leader whose entries the others have no room for ends in time: it stops leading, or raft would never answer for them.
+func TestALeaderThatCannotReplicateEndsInTime(t *testing.T) {
+	free, change := smallDisks(3)
+	f := newFleet(t, 3, change)
+	f.await("three voters", func() bool { return f.roles()[RoleVoter] == 3 })
+	f.put("a", "1")
+	leader := f.active()
+	for i, s := range f.all {
+		if s != leader {
+			free[i].Store(full)
+		}
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+	defer cancel()
+	if err := leader.append(ctx, "a", "2"); err == nil {
+		t.Error("acknowledged by one of three")
+	}
+	leader.stop()
 }
 
-func (h *countingHandler) Enabled(context.Context, slog.Level) bool { return true }
-func (h *countingHandler) WithAttrs([]slog.Attr) slog.Handler       { return h }
-func (h *countingHandler) WithGroup(string) slog.Handler            { return h }
-func (h *countingHandler) Handle(_ context.Context, r slog.Record) error {
-	if strings.Contains(r.Message, h.message) {
-		h.n.Add(1)
+func TestWhoTakesOverFromAFullDisk(t *testing.T) {
+	for _, c := range []struct {
+		servers string // capitals vote
+		room    string
+		want    string // any of these, or nobody
+	}{
+		{"A", "", ""}, {"AB", "B", ""}, {"ABC", "", ""}, {"ABC", "B", ""}, {"ABC", "BC", "BC"},
+		{"ABCd", "Cd", ""}, {"aBC", "BC", "BC"}, {"ABCDE", "BC", ""}, {"ABCDE", "BDE", "BDE"},
+	} {
+		var configuration raft.Configuration
+		for _, id := range c.servers {
+			s := raft.Server{ID: raft.ServerID(strings.ToUpper(string(id))), Suffrage: raft.Voter}
+			if unicode.IsLower(id) {
+				s.Suffrage = raft.Nonvoter
+			}
+			configuration.Servers = append(configuration.Servers, s)
+		}
+		to, found := successor(configuration, "A", func(node string) bool {
+			return strings.Contains(strings.ToUpper(c.room), node)
+		})
+		if found != (c.want != "") || found && !strings.Contains(c.want, string(to.ID)) {
+			t.Errorf("%+v: %s, %t", c, to.ID, found)
+		}
 	}
+}
+
+// messages keeps the log records' messages.
+type messages struct {
+	mu   sync.Mutex
+	said map[string]bool
+}
+
+// some says whether there was one that contains this.
+func (m *messages) some(text string) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for message := range m.said {
+		if strings.Contains(message, text) {
+			return true
+		}
+	}
+	return false
+}
+
+func (m *messages) Enabled(context.Context, slog.Level) bool { return true }
+func (m *messages) WithAttrs([]slog.Attr) slog.Handler       { return m }
+func (m *messages) WithGroup(string) slog.Handler            { return m }
+func (m *messages) Handle(_ context.Context, r slog.Record) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.said[r.Message] = true
 	return nil
 }
 

@@ -106,10 +106,12 @@ func (n *Node) startReplica(inner raft.Transport, m *membership) (*replica, erro
 }
 
 // shut ends the run. Raft goes on until the workers have their answers: what is on its way to the fsm when raft is shut
-// down is never answered.
+// down is never answered. Nor is, as long as we lead, what the others have no room for: so we do not for long.
 func (r *replica) shut() error {
 	close(r.stop)
+	resign := time.AfterFunc(2*r.retry, func() { r.transport.ending.Store(true) })
 	r.workers.Wait()
+	resign.Stop()
 	return errors.Join(r.raft.Shutdown().Error(), r.transport.Close())
 }
 
@@ -229,31 +231,33 @@ func (r *replica) giveUp(term uint64) {
 	}
 }
 
-// makeWay hands leadership to a voter whose disk has room, if that is so of a majority: entries could be replicated then.
-// Else it would only wander from one full disk to the next, or to a leader whose entries nobody has room for: while we
-// lead none is begun, and what is only read is answered.
+// makeWay hands leadership to a voter whose disk has room, if a majority's has.
 func (r *replica) makeWay(term uint64) {
 	defer r.offering.Store(false)
-	voters := 0
-	var roomy []raft.Server
-	for _, s := range r.raft.GetConfiguration().Configuration().Servers {
-		if s.Suffrage != raft.Voter {
-			continue
-		}
-		voters++
-		if s.ID != r.id && r.roomy(string(s.ID)) {
-			roomy = append(roomy, s)
-		}
-	}
-	if len(roomy) > voters/2 {
-		r.log.Warn("there is no room on disk: leadership is handed to a voter with room", "term", term, "node", roomy[0].ID)
-		if err := r.raft.LeadershipTransferToServer(roomy[0].ID, roomy[0].Address).Error(); err != nil {
+	if to, found := successor(r.raft.GetConfiguration().Configuration(), r.id, r.roomy); found {
+		r.log.Warn("there is no room on disk: leadership is handed to a voter with room", "term", term, "node", to.ID)
+		if err := r.raft.LeadershipTransferToServer(to.ID, to.Address).Error(); err != nil {
 			r.log.Warn("handing leadership over", "term", term, "err", err)
 		}
 	} else {
-		r.log.Debug("there is no room on disk, nor on those of a majority: leadership stays", "term", term, "room", len(roomy))
+		r.log.Debug("there is no room on disk, nor on those of a majority: leadership stays", "term", term)
 	}
 	r.await(offerEvery)
+}
+
+// successor is who may lead in the place of a leader whose disk is full: a voter with room, if a majority of the voters
+// has room. Else leadership would only wander from one full disk to the next, or to one whose entries nobody can store;
+// while a full one leads none is begun, and what is only read is answered.
+func successor(c raft.Configuration, leader raft.ServerID, roomy func(node string) bool) (to raft.Server, found bool) {
+	room := 0
+	for _, s := range c.Servers {
+		if s.Suffrage == raft.Voter && s.ID != leader && roomy(string(s.ID)) {
+			to = s
+			room++
+		}
+	}
+	n, _ := voters(c, leader)
+	return to, room > n/2
 }
 
 func (r *replica) leadsIn(term uint64) bool {

@@ -25,6 +25,7 @@ type transport struct {
 	insync *insync
 	raft   atomic.Pointer[raft.Raft] // nil until attach
 	log    *watchedLog               // nil: not watched
+	ending atomic.Bool               // the replica is: nothing is sent that would keep us leading
 	faults faults                    // nil: none; tests set it before raft starts
 	peers  sync.Map                  // raft.ServerID → *peerState
 
@@ -61,8 +62,8 @@ var (
 	_ raft.WithClose   = (*transport)(nil)
 )
 
-// errHung: our own log write has been running for longer than hungAfter.
-var errHung = errors.New("the log write of this sidecar hangs")
+// errHung: our own log write has been running for longer than hungAfter, or the replica is ending.
+var errHung = errors.New("the log write of this sidecar hangs, or it is about to end")
 
 // errDropped is what a request dropped by faults fails with: a time-out, not a closed connection.
 var errDropped error = droppedError{}
@@ -133,8 +134,8 @@ func (t *transport) lastIndex() uint64 {
 	return noIndex
 }
 
-// hung says whether our own log write hangs: then we must not go on leading.
-func (t *transport) hung() bool { return t.log != nil && t.log.hung() }
+// hung says whether our own log write hangs, or we are at our end: then we must not go on leading.
+func (t *transport) hung() bool { return t.ending.Load() || t.log != nil && t.log.hung() }
 
 func (t *transport) peer(id raft.ServerID) *peerState {
 	if p, ok := t.peers.Load(id); ok {
