@@ -268,7 +268,7 @@ func (d *database) checkLogs(names []string) error {
 		known, last, end, at = true, w.last, w.end, name
 	}
 	if known && last < d.mark.version {
-		return &DamagedError{tail: true, Reason: fmt.Sprintf("file %s ends at byte %d with transaction %d, but everything up to %d was acknowledged",
+		return &DamagedError{spare: watermarkName, Reason: fmt.Sprintf("file %s ends at byte %d with transaction %d, but everything up to %d was acknowledged",
 			filepath.Join(databaseName, at), end, last, d.mark.version)}
 	}
 	return nil

@@ -47,7 +47,7 @@ func (e *NewerFormatError) Error() string {
 type DamagedError struct {
 	Dir, Reason string
 	Err         error
-	tail        bool // what is left can be used
+	spare       string // without this file what is left can be used, as it was earlier; "": there is none such
 }
 
 func (e *DamagedError) Error() string {
@@ -56,8 +56,8 @@ func (e *DamagedError) Error() string {
 		msg += ": " + e.Err.Error()
 	}
 	msg += "; nothing was moved or deleted. Restore the directory from a copy; or, "
-	if e.tail {
-		msg += fmt.Sprintf("to go on with what is left and lose what was acknowledged after it, delete %s; or, ", watermarkName)
+	if e.spare != "" {
+		msg += fmt.Sprintf("to go on with what is left and lose what was acknowledged after it, delete %s; or, ", e.spare)
 	}
 	return msg + fmt.Sprintf("to start empty and lose what it held, move %s and %s out of it", databaseName, watermarkName)
 }

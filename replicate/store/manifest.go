@@ -134,8 +134,10 @@ func (d *database) checkUnnamed(names []string) error {
 		if err != nil || version <= d.maxVersion || d.firstLogged > 0 && d.firstLogged <= version {
 			continue // half written, or nothing is in it alone
 		}
-		return damage(manifestName, "does not name %s, which alone holds transactions up to %d: its end, from byte %d on, is missing or damaged",
-			name, version, d.manifest.end)
+		// A power cut leaves it so as well, under --fsync never: the table is on disk, and of the log nothing is.
+		return &DamagedError{spare: filepath.Join(databaseName, name), Reason: fmt.Sprintf(
+			"file %s does not name %s, which alone holds transactions up to %d: its end, from byte %d on, is missing or damaged, or the machine lost power under --fsync never",
+			filepath.Join(databaseName, manifestName), name, version, d.manifest.end)}
 	}
 	return nil
 }

@@ -373,8 +373,11 @@ func (l *RaftLog) checkEnds() error {
 		need = max(need, l.s.files.mark.index)
 	}
 	if last < need {
-		return &DamagedError{Dir: l.s.opt.Dir, tail: last >= applied,
-			Reason: fmt.Sprintf("raft's log ends at %d, but everything up to %d was acknowledged", last, need)}
+		err := &DamagedError{Dir: l.s.opt.Dir, Reason: fmt.Sprintf("raft's log ends at %d, but everything up to %d was acknowledged", last, need)}
+		if last >= applied {
+			err.spare = watermarkName
+		}
+		return err
 	}
 	if l.last > applied && l.first > applied+1 {
 		return l.s.damaged(fmt.Sprintf("raft's log begins at %d, but entries from %d on are still to be applied", l.first, applied+1))
