@@ -13,7 +13,7 @@ const fenceCheck = 100 * time.Millisecond
 
 // fences are proofs that we led after they were asked for: a majority of the voters of the newest configuration has
 // answered, as followers of our term, requests whose sending began after the fence did. raft.VerifyLeader is no such
-// proof: it counts answers to older requests, and those of non-voters.
+// proof: it counts answers to older requests, and those of non-voters. Nor is its lease: see raftConfig.
 //
 // "After" is told by a clock that counts fences: a fence moves it, a request notes it when its sending begins.
 type fences struct {

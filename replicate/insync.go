@@ -70,10 +70,10 @@ type replicaProgress struct {
 	steady   time.Time     // and has done so since, never later than a lease after the answer before
 }
 
-// replicaInfo is what is shown of a replica.
+// replicaInfo is what is known of a replica.
 type replicaInfo struct {
 	ID      raft.ServerID
-	Match   uint64
+	Match   uint64 // it may be past our own last index: entries go ahead of our own write
 	InSync  bool
 	Contact time.Time // zero: never
 	// Steady is for how long it has answered as a lease asks of a voter.
@@ -333,12 +333,15 @@ func (s *insync) tick() {
 	}
 }
 
-// infos shows the other replicas, by id, with our own last index.
+// lag is how many of our entries, up to last, it lacks.
+func (i replicaInfo) lag(last uint64) uint64 { return last - min(last, i.Match) }
+
+// infos gives what is known of the other replicas, by id, with our own last index.
 func (s *insync) infos() (last uint64, infos []replicaInfo) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for id, r := range s.replicas {
-		infos = append(infos, replicaInfo{ID: id, Match: min(r.match, s.last), InSync: r.in && !s.over, Contact: r.contact, Steady: r.contact.Sub(r.steady)})
+		infos = append(infos, replicaInfo{ID: id, Match: r.match, InSync: r.in && !s.over, Contact: r.contact, Steady: r.contact.Sub(r.steady)})
 	}
 	slices.SortFunc(infos, func(a, b replicaInfo) int { return cmp.Compare(a.ID, b.ID) })
 	return s.last, infos

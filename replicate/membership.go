@@ -407,7 +407,7 @@ func (m *membership) dismiss(r *replica) {
 	if err := n.store.Local().Put(removedKey, []byte{1}); err != nil {
 		n.log.Warn("noting the removal", "err", err)
 	}
-	if err := r.shut(); err != nil {
+	if err := r.shut(n.waitsFor); err != nil {
 		n.log.Warn("ending the replica", "err", err)
 	}
 	m.mu.Lock()
@@ -604,10 +604,11 @@ func (m *membership) retire() {
 	defer m.raftMu.Unlock()
 }
 
-// close ends everything but the replica, which must be at its end already.
-func (m *membership) close() error {
+// close ends everything but the replica, which must be at its end already. waitsFor is told of each step.
+func (m *membership) close(waitsFor func(rung string)) error {
 	var err error
 	if m.gossip != nil {
+		waitsFor("gossip")
 		m.mu.Lock()
 		leaving := m.leaving
 		m.mu.Unlock()
@@ -617,16 +618,20 @@ func (m *membership) close() error {
 		err = errors.Join(err, m.gossip.close())
 	}
 	if m.status != nil {
+		waitsFor("status streams")
 		m.status.close()
 	}
 	if m.port != nil {
+		waitsFor("connections at the peer port")
 		err = errors.Join(err, m.port.close())
 	}
+	waitsFor("whoever follows gossip and raft's configuration")
 	m.workers.Wait()
 	m.mu.Lock()
 	reconciled := m.reconciled
 	m.mu.Unlock()
 	if reconciled != nil {
+		waitsFor("whoever keeps the roles")
 		<-reconciled
 	}
 	return err
@@ -665,7 +670,7 @@ func (m *membership) track(infos map[string]*MemberInfo) {
 	for _, p := range replicas {
 		if info := infos[string(p.ID)]; info != nil {
 			info.Tracked, info.InSync = true, p.InSync
-			info.Lag = last - min(last, p.Match)
+			info.Lag = p.lag(last)
 			info.LastContact = -1
 			if !p.Contact.IsZero() {
 				info.LastContact = time.Since(p.Contact)

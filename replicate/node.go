@@ -16,8 +16,9 @@ import (
 // closeTimeout bounds Close: raft cannot be stopped while it writes, and a dead disk may keep it for ever.
 const closeTimeout = 15 * time.Second
 
-// ErrCloseHangs is what Close gives up with. What goes on then must end with the process, as after a kill.
-var ErrCloseHangs = errors.New("given up, since the disk probably hangs; nothing acknowledged is lost, it was on disk before")
+// ErrCloseHangs is what Close gives up with; the error that wraps it names what it waited for. What goes on then must end
+// with the process, as after a kill.
+var ErrCloseHangs = errors.New("given up; nothing acknowledged is lost, it was on disk before")
 
 // Config of a Node. Zero is not a default: DefaultConfig is.
 type Config struct {
@@ -61,6 +62,7 @@ type Node struct {
 	started chan struct{} // Open is done
 	stop    chan struct{}
 	ending  sync.Once
+	closing atomic.Pointer[string] // what dismantle waits for
 	ended   chan struct{}
 	err     error // why it ended by itself; read after ended
 }
@@ -228,12 +230,15 @@ func (n *Node) end(cause error) (err error) {
 		if c := n.config.Cluster; c != nil && c.seams.close > 0 {
 			timeout = c.seams.close
 		}
+		n.waitsFor("the store")
 		closed := make(chan error, 1)
 		go func() { closed <- n.dismantle() }()
 		select {
 		case err = <-closed:
 		case <-time.After(timeout):
-			err = ErrCloseHangs
+			rung := *n.closing.Load()
+			n.log.Error("closing hangs and is given up", "waits_for", rung, "after", timeout)
+			err = fmt.Errorf("closing waits for %s: %w", rung, ErrCloseHangs)
 		}
 		n.err = cause
 		if cause != nil {
@@ -245,17 +250,22 @@ func (n *Node) end(cause error) (err error) {
 	return err
 }
 
+// waitsFor notes which rung of the ladder down is next: if closing hangs, there it does.
+func (n *Node) waitsFor(rung string) { n.closing.Store(&rung) }
+
 // dismantle stops everything, bottom last.
 func (n *Node) dismantle() (err error) {
 	n.store.Release()
 	if n.membership != nil {
+		n.waitsFor("a replica that is being started or dismissed")
 		n.membership.retire()
 	}
 	if r := n.running.Load(); r != nil {
-		err = r.shut()
+		err = r.shut(n.waitsFor)
 	}
 	if n.membership != nil {
-		err = errors.Join(err, n.membership.close())
+		err = errors.Join(err, n.membership.close(n.waitsFor))
 	}
+	n.waitsFor("the store, which flushes")
 	return errors.Join(err, n.store.Close())
 }

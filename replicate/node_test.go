@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"os"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -350,7 +351,7 @@ func TestADiskThatHangsDoesNotKeepANodeFromClosing(t *testing.T) {
 	outcome := make(chan error, 1)
 	go func() { outcome <- s.append(context.Background(), "another", "value") }()
 	f.await("write that hangs", func() bool { return s.n.running.Load().transport.log.since.Load() != 0 })
-	if err := s.n.Close(); !errors.Is(err, ErrCloseHangs) {
+	if err := s.n.Close(); !errors.Is(err, ErrCloseHangs) || !strings.Contains(err.Error(), "once its log is written") {
 		t.Fatalf("closed with %v", err)
 	}
 	if err := <-outcome; !errors.Is(err, errUnknown) {
@@ -370,4 +371,32 @@ func TestADiskThatHangsDoesNotKeepANodeFromClosing(t *testing.T) {
 	if got := f.active().value("key"); got != "value" {
 		t.Fatalf("key is %q", got)
 	}
+}
+
+// Whatever hangs is named, not guessed at: the disk of this one is well.
+func TestWhatKeepsANodeFromClosingIsNamed(t *testing.T) {
+	t.Parallel()
+	log := new(lines)
+	f := newFleet(t, 1, func(_ int, c *Config) {
+		c.Cluster.seams.close = 300 * time.Millisecond
+		c.Logger = log.logger()
+	})
+	n := f.active().n
+	over := make(chan struct{})
+	n.membership.workers.Go(func() { <-over })
+	const rung = "whoever follows gossip and raft's configuration"
+	if err := n.Close(); !errors.Is(err, ErrCloseHangs) || !strings.Contains(err.Error(), rung) {
+		t.Errorf("closed with %v", err)
+	}
+	if log.count(rung) != 1 {
+		t.Errorf("logged:\n%s", log.buf.String())
+	}
+	close(over)
+	f.await("directory that is free again", func() bool {
+		n, err := Open(testConfig(f.all[0].dir))
+		if err != nil {
+			return false
+		}
+		return n.Close() == nil
+	})
 }

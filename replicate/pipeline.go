@@ -209,21 +209,23 @@ func (p *pipeline) answered(f raft.AppendFuture) {
 	default:
 		p.t.answered(p.id, s, resp, nil)
 	}
+	accepted := err == nil && resp.Success
+	if s.of == nil && !accepted {
+		p.refuse(resp)
+		return
+	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if s.of != nil {
 		s.of.err = err
 		close(s.of.complete)
 	}
-	switch {
-	case err == nil && resp.Success:
+	if accepted {
 		p.stored = max(p.stored, stores(s.args))
-	case s.of == nil && p.refused == nil:
-		p.refused = resp
 	}
 }
 
-// refuse fails the calls whose entries went ahead, and have not been accepted.
+// refuse fails the calls whose entries went ahead, and have not been accepted; the first reason stands.
 func (p *pipeline) refuse(resp *raft.AppendEntriesResponse) {
 	p.mu.Lock()
 	defer p.mu.Unlock()

@@ -283,8 +283,8 @@ func TestEntriesGoAheadOfTheLeadersOwnWrite(t *testing.T) {
 			if leader.log.last() != before || leader.fsm.index.Load() != before || leader.raft.CommitIndex() != before || leader.t.insync.has(before+1) {
 				c.Error("the leader counts an entry that it has not written")
 			}
-			if _, infos := leader.t.insync.infos(); infos[0].Match > before {
-				c.Errorf("%s is shown at %d, and the leader is at %d", infos[0].ID, infos[0].Match, before)
+			if last, infos := leader.t.insync.infos(); last != before || infos[0].Match != before+1 || infos[0].lag(last) != 0 {
+				c.Errorf("%s is shown at %d, %d behind, and the leader is at %d", infos[0].ID, infos[0].Match, infos[0].lag(last), last)
 			}
 			leader.log.open()
 			if err := applied.Error(); err != nil {
@@ -422,6 +422,95 @@ func TestAPipelineTakesAnswersThatRaftLeaves(t *testing.T) {
 			if f := <-p.Consumer(); f.Request().PrevLogEntry != i || !f.Response().Success || f.Error() != nil {
 				t.Fatalf("answer %d: %+v, %+v", i, f.Request(), f.Response())
 			}
+		}
+	})
+}
+
+// handPipeline is a wire whose other side is the test.
+type handPipeline struct {
+	requests chan *call
+	answers  chan raft.AppendFuture
+	broken   error // of the next request
+}
+
+func (h *handPipeline) AppendEntries(args *raft.AppendEntriesRequest, resp *raft.AppendEntriesResponse) (raft.AppendFuture, error) {
+	c := &call{args: args, resp: resp, complete: make(chan struct{})}
+	close(c.complete)
+	h.requests <- c
+	return c, h.broken
+}
+
+func (h *handPipeline) Consumer() <-chan raft.AppendFuture { return h.answers }
+func (h *handPipeline) Close() error                       { return nil }
+
+// aheadOnce begins a pipeline over which entry 1 was sent and accepted, and 2 went ahead.
+func aheadOnce(t *testing.T, broken error) (p *pipeline, wire *handPipeline) {
+	t.Helper()
+	transport := newTransport(&nullTransport{})
+	t.Cleanup(func() { _ = transport.Close() })
+	wire = &handPipeline{requests: make(chan *call, 2), answers: make(chan raft.AppendFuture)}
+	p = newPipeline(wire, transport, "other")
+	t.Cleanup(func() { _ = p.Close() })
+	go p.relay()
+	go p.goAhead()
+	p.ask(t, 1)
+	wire.answer(true)
+	<-p.Consumer()
+	wire.broken = broken
+	p.offer(requestFor(2))
+	synctest.Wait()
+	return p, wire
+}
+
+func requestFor(index uint64) *raft.AppendEntriesRequest {
+	return &raft.AppendEntriesRequest{Term: 1, PrevLogEntry: index - 1, Entries: []*raft.Log{{Index: index, Term: 1}}}
+}
+
+// ask is raft's request for one entry.
+func (p *pipeline) ask(t *testing.T, index uint64) {
+	t.Helper()
+	if _, err := p.AppendEntries(requestFor(index), new(raft.AppendEntriesResponse)); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func (h *handPipeline) answer(accepted bool) {
+	c := <-h.requests
+	*c.resp = raft.AppendEntriesResponse{Term: 1, Success: accepted}
+	h.answers <- c
+}
+
+// Raft waits for the answer to what went ahead: it gets it although that is a refusal, or nobody will ever answer.
+func TestWhatWentAheadAndWasRefusedFailsRaftsRequest(t *testing.T) {
+	for _, broken := range []error{nil, errors.New("the connection is gone")} {
+		synctest.Test(t, func(t *testing.T) {
+			p, wire := aheadOnce(t, broken)
+			p.ask(t, 2)
+			if broken == nil {
+				wire.answer(false)
+			}
+			select {
+			case f := <-p.Consumer():
+				if f.Request().Entries[0].Index != 2 || f.Response().Success {
+					t.Fatalf("%+v has the answer %+v", f.Request(), f.Response())
+				}
+			case <-time.After(time.Hour):
+				t.Fatal("raft has no answer")
+			}
+		})
+	}
+}
+
+// Why no read may rest on raft's lease: raft takes now for the time of an answer that is old.
+func TestTheAnswerToWhatWentAheadMayBeOld(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		p, wire := aheadOnce(t, nil)
+		wire.answer(true)
+		time.Sleep(hungAfter) // the other side is silent, our own write goes on
+		asked := time.Now()
+		p.ask(t, 2)
+		if f := <-p.Consumer(); !f.Response().Success || !f.Start().Equal(asked) || time.Since(asked) > 0 || len(wire.requests) > 0 {
+			t.Errorf("raft has waited for %v: %+v", time.Since(f.Start()), f.Response())
 		}
 	})
 }

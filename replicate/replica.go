@@ -106,13 +106,18 @@ func (n *Node) startReplica(inner raft.Transport, m *membership) (*replica, erro
 }
 
 // shut ends the run. Raft goes on until the workers have their answers: what is on its way to the fsm when raft is shut
-// down is never answered. Nor is, as long as we lead, what the others have no room for: so we do not for long.
-func (r *replica) shut() error {
+// down is never answered. Nor is, as long as we lead, what the others have no room for: so we do not for long. waitsFor is
+// told of each step.
+func (r *replica) shut(waitsFor func(rung string)) error {
+	waitsFor("raft to answer the entries on their way, which it does once its log is written")
 	close(r.stop)
 	resign := time.AfterFunc(2*r.retry, func() { r.transport.ending.Store(true) })
 	r.workers.Wait()
 	resign.Stop()
-	return errors.Join(r.raft.Shutdown().Error(), r.transport.Close())
+	waitsFor("raft to stop, which it does once what it reads or writes on disk is done")
+	err := r.raft.Shutdown().Error()
+	waitsFor("raft's requests on their way")
+	return errors.Join(err, r.transport.Close())
 }
 
 func raftConfig(c Config, id raft.ServerID) *raft.Config {
@@ -121,7 +126,10 @@ func raftConfig(c Config, id raft.ServerID) *raft.Config {
 	rc.HeartbeatTimeout = c.RaftTimeout
 	rc.ElectionTimeout = c.RaftTimeout
 	// As long as the others wait for it: less gives up a leader whose answers take that long (each process on their way is
-	// held up for 90 ms by a quota of a tenth of a core), and fences do not rely on it.
+	// held up for 90 ms by a quota of a tenth of a core). No read may rest on it, but on a fence. The voters do not wait for
+	// it: they vote for whoever was told to campaign (a transfer, an election of ours) although they know a leader. Raft
+	// counts it from when answers come in, not from when it asked. And what went ahead (pipeline) it asks for when its own
+	// write is done: it takes that for the time of an answer that may be as much older as the write took.
 	rc.LeaderLeaseTimeout = c.RaftTimeout
 	rc.CommitTimeout = min(rc.CommitTimeout, c.RaftTimeout/4)
 	rc.MaxAppendEntries = 64

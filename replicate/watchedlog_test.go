@@ -3,6 +3,7 @@ package replicate
 import (
 	"errors"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/hashicorp/raft"
@@ -76,6 +77,48 @@ func TestAnyVoterThatAnswersIsOfferedLeadership(t *testing.T) {
 			c.Errorf("a new leader after %v", took)
 		}
 		c.apply(leader)
+		old.log.open()
+		_ = stuck.Error()
+	})
+}
+
+// handedOver notes whom leadership is offered to.
+type handedOver struct {
+	*raft.InmemTransport
+	to chan raft.ServerID
+}
+
+func (h handedOver) TimeoutNow(id raft.ServerID, target raft.ServerAddress, args *raft.TimeoutNowRequest, resp *raft.TimeoutNowResponse) error {
+	h.to <- id
+	return h.InmemTransport.TimeoutNow(id, target, args, resp)
+}
+
+// Of two others one has, besides all that the leader has written, what it is still writing: without that one's vote the
+// other cannot be elected.
+func TestWhoHasWhatTheLeaderHasNotWrittenIsOfferedLeadershipFirst(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		offered := make(chan raft.ServerID, 2)
+		c := startCluster(t, 3, 0, func(c *cluster, m *raftMember) raft.Transport {
+			return handedOver{inMemory(c, m).(*raft.InmemTransport), offered}
+		})
+		defer c.close()
+		old, behind, ahead := c.members[0], c.members[1], c.members[2]
+		before := c.apply(old)
+		c.await("all have it", func() bool { return behind.log.last() == before && ahead.log.last() == before })
+		old.log.shut()
+		c.net.set(c.net.cut, true, link{old.id, behind.id})
+		stuck := old.raft.Apply([]byte("ahead"), 0)
+		c.await("one other has it", func() bool { return ahead.log.last() > before })
+		c.net.set(c.net.cut, false, link{old.id, behind.id})
+		if got := behind.log.last(); got != before {
+			c.Fatalf("the other has %d entries, too", got)
+		}
+		if first := <-offered; first != ahead.id {
+			c.Errorf("%s was asked first", first)
+		}
+		if leader := c.another(old); leader != ahead {
+			c.Errorf("%s leads", leader.id)
+		}
 		old.log.open()
 		_ = stuck.Error()
 	})
