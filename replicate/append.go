@@ -30,7 +30,11 @@ func (r *replica) append() {
 		}
 		select {
 		case e := <-r.entries:
+			if !r.takeTurn() {
+				return
+			}
 			r.inFlight <- r.offer(&encoder, &e)
+			<-r.turn
 		case <-r.stop:
 			return
 		}

@@ -37,6 +37,7 @@
 //	birth.go      who founds the cluster
 //	roles.go      the leader's choice of voters and standbys (raft-autopilot)
 //	transport.go  round raft's own: match index of each replica, fences, elections by closed connection
+//	handover.go   leadership is handed to another; entries wait meanwhile
 //	status.go     who is active, told at once over streams that stay open
 //
 // Raft's id and address of a node are both its UUID, kept in the store; it is looked up through gossip when it is

@@ -336,6 +336,16 @@ func (s *insync) tick() {
 // lag is how many of our entries, up to last, it lacks.
 func (i replicaInfo) lag(last uint64) uint64 { return last - min(last, i.Match) }
 
+// match is how far a replica has stored our log; 0: nobody knows.
+func (s *insync) match(id raft.ServerID) uint64 {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if r := s.replicas[id]; r != nil {
+		return r.match
+	}
+	return 0
+}
+
 // infos gives what is known of the other replicas, by id, with our own last index.
 func (s *insync) infos() (last uint64, infos []replicaInfo) {
 	s.mu.Lock()

@@ -296,7 +296,7 @@ func (m *membership) leads(r *replica, term uint64) {
 			<-before
 		}
 		newRoles(rolesConfig{
-			node: string(m.node.id), maxVoters: m.config.MaxVoters, raft: r.raft, configuration: m.committed,
+			node: string(m.node.id), maxVoters: m.config.MaxVoters, raft: rolesRaft{r.raft, r, term}, configuration: m.committed,
 			members: m.gossip.members, changed: m.gossip.changed, progress: m.progress, answers: m.vet, log: m.node.log, timing: timing,
 		}).reconcileRoles(ctx)
 	}()

@@ -43,6 +43,7 @@ type replica struct {
 
 	inFlight chan pending
 	slots    chan struct{} // one for each entry in flight
+	turn     chan struct{} // has a value while an entry is given to raft, or leadership is handed over
 
 	failedTerm atomic.Uint64 // an entry of it failed
 	resigned   atomic.Uint64 // the newest term to resign
@@ -60,6 +61,7 @@ func (n *Node) startReplica(inner raft.Transport, m *membership) (*replica, erro
 		log: n.log, store: n.store, id: n.id, retry: n.config.RaftTimeout, send: n.send, entries: n.entries,
 		inFlight: make(chan pending, EntriesInFlight),
 		slots:    make(chan struct{}, EntriesInFlight),
+		turn:     make(chan struct{}, 1),
 		wake:     make(chan struct{}, 1),
 		stop:     make(chan struct{}),
 	}
@@ -145,20 +147,6 @@ func raftConfig(c Config, id raft.ServerID) *raft.Config {
 	return rc
 }
 
-// lone says whether this node is the only voter.
-func (r *replica) lone() bool {
-	voters := 0
-	for _, s := range r.raft.GetConfiguration().Configuration().Servers {
-		if s.Suffrage == raft.Voter {
-			voters++
-		}
-		if s.Suffrage == raft.Voter && s.ID != r.id {
-			return false
-		}
-	}
-	return voters == 1
-}
-
 // leadership gives the term, and whether we led in it at one moment between the two reads of it.
 func (r *replica) leadership() (term uint64, leading bool) { return r.transport.leadership() }
 
@@ -215,57 +203,6 @@ func (r *replica) lead() {
 			return
 		}
 	}
-}
-
-// giveUp hands leadership to another voter, or, when there is none that takes it, forces a new term of our own. So it
-// does on a full disk, too: whether another has room is makeWay's to find out.
-func (r *replica) giveUp(term uint64) {
-	if !r.lone() && !r.store.Full() {
-		err := r.raft.LeadershipTransfer().Error()
-		for errors.Is(err, raft.ErrLeadershipTransferInProgress) { // by reconcileRoles: it is why the activation ended, perhaps
-			if !r.await(r.retry/10) || !r.leadsIn(term) {
-				return
-			}
-			err = r.raft.LeadershipTransfer().Error()
-		}
-		if err == nil {
-			return
-		}
-		r.log.Debug("handing leadership over", "term", term, "err", err)
-	}
-	if r.leadsIn(term) {
-		r.log.Debug("forcing a new term", "term", term)
-		r.transport.campaign(r.id)
-	}
-}
-
-// makeWay hands leadership to a voter whose disk has room, if a majority's has.
-func (r *replica) makeWay(term uint64) {
-	defer r.offering.Store(false)
-	if to, found := successor(r.raft.GetConfiguration().Configuration(), r.id, r.roomy); found {
-		r.log.Warn("there is no room on disk: leadership is handed to a voter with room", "term", term, "node", to.ID)
-		if err := r.raft.LeadershipTransferToServer(to.ID, to.Address).Error(); err != nil {
-			r.log.Warn("handing leadership over", "term", term, "err", err)
-		}
-	} else {
-		r.log.Debug("there is no room on disk, nor on those of a majority: leadership stays", "term", term)
-	}
-	r.await(offerEvery)
-}
-
-// successor is who may lead in the place of a leader whose disk is full: a voter with room, if a majority of the voters
-// has room. Else leadership would only wander from one full disk to the next, or to one whose entries nobody can store;
-// while a full one leads none is begun, and what is only read is answered.
-func successor(c raft.Configuration, leader raft.ServerID, roomy func(node string) bool) (to raft.Server, found bool) {
-	room := 0
-	for _, s := range c.Servers {
-		if s.Suffrage == raft.Voter && s.ID != leader && roomy(string(s.ID)) {
-			to = s
-			room++
-		}
-	}
-	n, _ := voters(c, leader)
-	return to, room > n/2
 }
 
 func (r *replica) leadsIn(term uint64) bool {

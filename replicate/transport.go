@@ -317,7 +317,7 @@ func (t *transport) RequestPreVote(id raft.ServerID, target raft.ServerAddress, 
 	return t.faulty(id, func() error { return p.RequestPreVote(id, target, args, resp) })
 }
 
-// TimeoutNow hands leadership over.
+// TimeoutNow asks another voter to campaign.
 func (t *transport) TimeoutNow(id raft.ServerID, target raft.ServerAddress, args *raft.TimeoutNowRequest, resp *raft.TimeoutNowResponse) error {
 	return t.faulty(id, func() error { return t.Transport.TimeoutNow(id, target, args, resp) })
 }

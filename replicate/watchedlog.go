@@ -1,8 +1,6 @@
 package replicate
 
 import (
-	"cmp"
-	"slices"
 	"sync/atomic"
 	"time"
 
@@ -75,23 +73,10 @@ func (t *transport) abdicate() {
 	t.spawn(t.offer)
 }
 
-// offer asks the other voters, whoever has stored most first, to begin an election, until one has taken it.
+// offer asks the other voters to begin an election, until one has taken it.
 func (t *transport) offer() {
-	_, infos := t.insync.infos()
-	match := map[raft.ServerID]uint64{}
-	for _, i := range infos {
-		match[i.ID] = i.Match
-	}
-	servers := slices.Clone(t.configuration().Servers)
-	slices.SortFunc(servers, func(a, b raft.Server) int {
-		return cmp.Or(cmp.Compare(match[b.ID], match[a.ID]), cmp.Compare(a.ID, b.ID))
-	})
-	for _, s := range servers {
-		if s.Suffrage != raft.Voter || s.ID == t.id {
-			continue
-		}
-		args := &raft.TimeoutNowRequest{RPCHeader: t.header()}
-		if t.TimeoutNow(s.ID, s.Address, args, new(raft.TimeoutNowResponse)) == nil {
+	for _, heir := range t.heirs() {
+		if t.offerTo(heir) == nil {
 			return
 		}
 	}
