@@ -37,7 +37,9 @@ def consume(bootstrap, topic, group, flavour):
     leave = threading.Event()
     threading.Thread(target=lambda: (sys.stdin.readline(), leave.set()), daemon=True).start()
     while not leave.is_set():
-        batches = consumer.poll(timeout_ms=100)
+        # A join that a change of metadata began must end within one poll: kafka-python 3.0.12 forgets it otherwise,
+        # whoever the coordinator is.
+        batches = consumer.poll(timeout_ms=1000)
         for records in batches.values():
             for r in records:
                 say("got %d %d %s" % (r.partition, r.offset, r.key.decode()))
