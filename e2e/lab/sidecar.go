@@ -188,6 +188,22 @@ func (s *Sidecar) page(path string, into any) error {
 	return json.NewDecoder(resp.Body).Decode(into)
 }
 
+// Stacks gives what all goroutines are at.
+func (s *Sidecar) Stacks() (string, error) {
+	addr, _ := s.ready["admin"].(string)
+	client := http.Client{Timeout: 10 * time.Second}
+	resp, err := client.Get("http://" + addr + "/debug/pprof/goroutine?debug=2")
+	if err != nil {
+		return "", err
+	}
+	defer func() { _ = resp.Body.Close() }()
+	if resp.StatusCode != http.StatusOK {
+		return "", errors.New(resp.Status)
+	}
+	all, err := io.ReadAll(resp.Body)
+	return string(all), err
+}
+
 // Metric reads one metric, summed over its labels, from the health listener.
 func (s *Sidecar) Metric(name string) (float64, error) {
 	addr, _ := s.ready["http"].(string)
