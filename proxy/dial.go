@@ -151,6 +151,9 @@ func (l *leg) flush() {
 		if _, err := l.conn.Write(pending); err != nil {
 			l.broken.Store(true)
 			_ = l.conn.Close() // so that the writer hears of it
+			if l.silent.Load() != l.accepted.Load() {
+				l.owner.close() // requests without a reply were not sent, and nobody else can tell
+			}
 			return
 		}
 		_ = l.conn.SetWriteDeadline(time.Time{})

@@ -33,6 +33,7 @@ func (r *replica) append() {
 			if !r.takeTurn() {
 				return
 			}
+			r.unanswered.Add(1)
 			r.inFlight <- r.offer(&encoder, &e)
 			<-r.turn
 		case <-r.stop:
@@ -77,6 +78,7 @@ func (r *replica) settle() {
 			r.fail(p.term)
 			r.send(Event{Kind: Failed, Term: p.term, Sequence: p.sequence, Err: err})
 		}
+		r.unanswered.Add(-1)
 		<-r.slots
 	}
 }

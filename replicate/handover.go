@@ -15,8 +15,12 @@ import (
 // (leadershipTransfer in raft.go waits for triggerDeferErrorCh, and its flag outlives the term). Here append waits: if
 // nothing comes of it whoever commits has waited for a moment, and all goes on as before.
 
-// handoverWait is how long a voter may take to answer that it campaigns. One that answers later does so, too.
-const handoverWait = 250 * time.Millisecond
+// How long a voter may take to answer that it campaigns. One that answers later does so, too: nobody commits during the
+// first, and during the second nobody else shall campaign against it.
+const (
+	handoverWait = 250 * time.Millisecond
+	offerWait    = time.Second
+)
 
 var (
 	errNoAnswer = errors.New("no answer to the offer of the lead")
@@ -55,10 +59,12 @@ func (r *replica) handOver(term uint64, heir raft.ServerID) error {
 			}
 		}
 	}
-	if err := until(func() bool { return r.transport.insync.match(heir) >= r.raft.LastIndex() }); err != nil {
+	// Raft's last index does not count what it is still writing; nothing is when all it was given is answered.
+	caughtUp := func() bool { return r.unanswered.Load() == 0 && r.transport.insync.match(heir) >= r.raft.LastIndex() }
+	if err := until(caughtUp); err != nil {
 		return err
 	}
-	if err := r.transport.offerTo(heir); err != nil {
+	if err := r.transport.offerTo(heir, handoverWait); err != nil {
 		return err
 	}
 	if err := until(func() bool { return false }); !errors.Is(err, ErrNotLeader) {
@@ -83,9 +89,9 @@ func (r *replica) giveUp(term uint64) {
 // makeWay hands leadership to a voter whose disk has room, if a majority's has.
 func (r *replica) makeWay(term uint64) {
 	defer r.offering.Store(false)
-	if to, found := successor(r.raft.GetConfiguration().Configuration(), r.id, r.roomy); found {
-		r.log.Warn("there is no room on disk: leadership is handed to a voter with room", "term", term, "node", to.ID)
-		if err := r.handOver(term, to.ID); err != nil {
+	if to, found := successor(r.transport.heirs(), r.roomy); found {
+		r.log.Warn("there is no room on disk: leadership is handed to a voter with room", "term", term, "node", to)
+		if err := r.handOver(term, to); err != nil {
 			r.log.Warn("handing leadership over", "term", term, "err", err)
 		}
 	} else {
@@ -94,19 +100,20 @@ func (r *replica) makeWay(term uint64) {
 	r.await(offerEvery)
 }
 
-// successor is who may lead in the place of a leader whose disk is full: a voter with room, if a majority of the voters
-// has room. Else leadership would only wander from one full disk to the next, or to one whose entries nobody can store;
+// successor is who may lead in the place of a leader whose disk is full: the first of the other voters that has room, if a
+// majority of all has room. Else leadership would only wander from one full disk to the next, or to one whose entries nobody can store;
 // while a full one leads none is begun, and what is only read is answered.
-func successor(c raft.Configuration, leader raft.ServerID, roomy func(node string) bool) (to raft.Server, found bool) {
+func successor(heirs []raft.ServerID, roomy func(node string) bool) (to raft.ServerID, found bool) {
 	room := 0
-	for _, s := range c.Servers {
-		if s.Suffrage == raft.Voter && s.ID != leader && roomy(string(s.ID)) {
-			to = s
-			room++
+	for _, heir := range heirs {
+		if !roomy(string(heir)) {
+			continue
+		}
+		if room++; room == 1 {
+			to = heir
 		}
 	}
-	n, _ := voters(c, leader)
-	return to, room > n/2
+	return to, room > (len(heirs)+1)/2
 }
 
 // rolesRaft is raft as roles uses it in a term.
@@ -139,15 +146,15 @@ func (t *transport) heirs() (heirs []raft.ServerID) {
 	return heirs
 }
 
-// offerTo asks another voter to campaign, though it knows a leader. One that has not answered within handoverWait is
+// offerTo asks another voter to campaign, though it knows a leader. One that has not answered within the wait is
 // given up: that it hangs is found out by its connection only, much later.
-func (t *transport) offerTo(heir raft.ServerID) error {
+func (t *transport) offerTo(heir raft.ServerID, wait time.Duration) error {
 	args := &raft.TimeoutNowRequest{RPCHeader: t.header()}
 	answered := make(chan error, 1)
 	t.spawn(func() {
 		answered <- t.TimeoutNow(heir, raft.ServerAddress(heir), args, new(raft.TimeoutNowResponse))
 	})
-	late := time.NewTimer(handoverWait)
+	late := time.NewTimer(wait)
 	defer late.Stop()
 	select {
 	case err := <-answered:

@@ -44,6 +44,8 @@ type replica struct {
 	inFlight chan pending
 	slots    chan struct{} // one for each entry in flight
 	turn     chan struct{} // has a value while an entry is given to raft, or leadership is handed over
+	// unanswered are the entries in flight.
+	unanswered atomic.Int32
 
 	failedTerm atomic.Uint64 // an entry of it failed
 	resigned   atomic.Uint64 // the newest term to resign

@@ -53,10 +53,10 @@ type roleView struct {
 // roleTiming holds what plan waits for.
 type roleTiming struct {
 	stable      time.Duration // how long a standby must have been ready to grow beyond three voters, or for a better spread
-	steady      time.Duration // how long a standby must have answered as a voter has to, for one voter to become three
+	steady      time.Duration // how long a standby must have answered as a voter has to, for one voter to become three at once
 	replacement time.Duration // how long a standby must have been ready to take a dead voter's place
 	dead        time.Duration // how long a voter must be dead before a ready standby takes its place, or a standby to be dropped
-	deadAlone   time.Duration // the same for a voter that nobody can replace
+	deadAlone   time.Duration // the same for a voter that nobody can replace; and how long a ready standby may be too slow to vote
 	absent      time.Duration // how long a standby must be unknown to gossip to be dropped
 	patience    time.Duration // how long a leaver is kept for its replacement
 	unreached   time.Duration // how long a server that gossip calls alive may be out of contact
@@ -357,7 +357,9 @@ func (v *roleView) planGrowth() roleChange {
 			stable = v.timing.stable
 		}
 	}
-	ready := slices.DeleteFunc(v.candidates(stable), func(n roleNode) bool { return n.steady < steady })
+	ready := slices.DeleteFunc(v.candidates(stable), func(n roleNode) bool {
+		return n.steady < steady && v.age(n.readySince) < v.timing.deadAlone // who is slow for good is better than nobody
+	})
 	if len(ready) >= needed {
 		return roleChange{kind: promote, id: ready[0].id, why: "more voters are wanted"}
 	}

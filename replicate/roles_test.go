@@ -311,12 +311,27 @@ func TestOneVoterBecomesThreeOnlyWhenTheOthersKeepItsLease(t *testing.T) {
 		k.start("c")
 		k.leader()
 		k.await(3*time.Second, "a | b c")
-		time.Sleep(time.Minute)
+		time.Sleep(20 * time.Second)
 		k.await(0, "a | b c")
 		k.mu.Lock()
 		k.nodes["b"].late = false
 		k.mu.Unlock()
 		k.await(3*time.Second, "a b c |")
+	})
+}
+
+// One that stays slow does not keep the cluster without a failover for ever.
+func TestASlowStandbyVotesInTheEnd(t *testing.T) {
+	inRanks(t, func(k *ranks) {
+		k.start("a")
+		k.start("b")
+		k.mu.Lock()
+		k.nodes["b"].late = true
+		k.mu.Unlock()
+		k.start("c")
+		k.leader()
+		k.await(3*time.Second, "a | b c")
+		k.await(40*time.Second, "a b c |")
 	})
 }
 

@@ -76,7 +76,7 @@ func (t *transport) abdicate() {
 // offer asks the other voters to begin an election, until one has taken it.
 func (t *transport) offer() {
 	for _, heir := range t.heirs() {
-		if t.offerTo(heir) == nil {
+		if t.offerTo(heir, offerWait) == nil {
 			return
 		}
 	}
